@@ -1,0 +1,26 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "tomesd/__init__.py").read_text(encoding="utf-8"))[1]
+diffusers = ["diffusers>=0.30", "transformers>=4.40", "accelerate>=0.30", "safetensors>=0.4"]
+
+setup(
+    name="tomesd",
+    version=version,
+    description="Token merging: makes Stable Diffusion faster and lighter by merging similar tokens",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["tomesd", "tomesd.*"]),
+    package_data={"tomesd": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.1"],
+    extras_require={
+        "diffusers": [*diffusers, "pillow", "tqdm"],
+        "xformers": ["xformers"],
+        "dev": [*diffusers, "peft", "pytest", "hypothesis", "ruff", "pillow", "matplotlib", "tqdm"],
+    },
+)

@@ -1,0 +1,10 @@
+"""tomesd: merges similar tokens before attention and gives them back after it."""
+
+from . import merge
+from .explain import Explanation, explain
+from .patch import apply_patch, patched, remove_patch
+from .token_map import TokenMap
+
+__version__ = "1.0.0.dev0"
+
+__all__ = ["Explanation", "TokenMap", "apply_patch", "explain", "merge", "patched", "remove_patch"]

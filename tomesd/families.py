@@ -1,0 +1,146 @@
+"""One row of data for each model family: what its classes are called and where they stand.
+
+Classes are recognised by name along the MRO, so nothing third-party is imported to know a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family of networks keeps its transformer blocks.
+
+    Args:
+        name: what people call it.
+        networks: classes of the whole network, whose forward takes the sample and the timestep.
+        timestep: name of the timestep, the network's second argument.
+        stages: attributes of the network that hold its parts, in the order of the forward pass.
+        containers: classes that take an image `[B, C, h, w]` and run blocks on its `h * w` tokens.
+        blocks: classes of a block with `norm1`, `attn1`, `attn2` and `ff`.
+        down: classes that halve the resolution at the end of the part that they stand in.
+        up: classes that double it there.
+    """
+
+    name: str
+    networks: tuple[str, ...]
+    timestep: str
+    stages: tuple[str, ...]
+    containers: tuple[str, ...]
+    blocks: tuple[str, ...]
+    down: tuple[str, ...]
+    up: tuple[str, ...]
+
+
+FAMILIES = (
+    Family(
+        name="diffusers UNet",
+        networks=(
+            "UNet2DConditionModel",
+            "UNet3DConditionModel",
+            "UNetMotionModel",
+            "ControlNetModel",
+            "ControlNetUnionModel",
+        ),
+        timestep="timestep",
+        stages=("down_blocks", "mid_block", "up_blocks"),
+        containers=("Transformer2DModel",),
+        blocks=("BasicTransformerBlock",),
+        down=("Downsample2D",),
+        up=("Upsample2D",),
+    ),
+    Family(
+        name="CompVis LDM",
+        networks=("UNetModel",),
+        timestep="timesteps",
+        stages=("input_blocks", "middle_block", "output_blocks"),
+        containers=("SpatialTransformer",),
+        blocks=("BasicTransformerBlock",),
+        down=("Downsample",),
+        up=("Upsample",),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A transformer block of a network, and the level of resolution at which it stands.
+
+    Args:
+        name: its path in the network.
+        block: the block.
+        container: the module whose input is the image of the block's tokens.
+        level: how often the resolution was halved before it.
+    """
+
+    name: str
+    block: nn.Module
+    container: nn.Module
+    level: int
+
+    @property
+    def downsample(self) -> int:
+        """How many times smaller its image is than the network's input."""
+        return 2**self.level
+
+
+def is_named(module: object, names: tuple[str, ...]) -> bool:
+    """Whether a class of this name is among the ancestors of `module`."""
+    return any(ancestor.__name__ in names for ancestor in type(module).__mro__)
+
+
+def find_networks(model: object) -> list[tuple[str, nn.Module, Family]]:
+    """Every network of a known family in a pipeline, a module or a wrapper of one: path, network, row.
+
+    Raises:
+        TypeError: the model is neither module nor pipeline.
+        ValueError: it holds no network of a known family.
+    """
+    if not isinstance(model, nn.Module) and not hasattr(model, "__dict__"):
+        raise TypeError(f"expected a pipeline or a torch module, got {model!r} ({type(model).__name__})")
+    found = {}
+    for prefix, part in _parts(model):
+        for name, module in part.named_modules(prefix=prefix):
+            family = next((row for row in FAMILIES if is_named(module, row.networks)), None)
+            if family is not None:
+                found.setdefault(id(module), (name, module, family))
+    if not found:
+        known = "; ".join(f"{family.name} ({', '.join(family.networks)})" for family in FAMILIES)
+        raise ValueError(f"{type(model).__name__} holds no network that tomesd knows. Known are {known}")
+    return list(found.values())
+
+
+def find_sites(network: nn.Module, family: Family) -> Iterator[Site]:
+    """The transformer blocks of a network, in the order of its forward pass."""
+    level = 0
+    for stage in family.stages:
+        part = getattr(network, stage, None)
+        children = [(stage, part)]
+        if isinstance(part, nn.ModuleList):
+            children = [(f"{stage}.{name}", child) for name, child in part.named_children()]
+        for path, child in children:
+            if child is None:
+                continue
+            modules = list(child.named_modules(prefix=path))
+            for name, container in modules:
+                if is_named(container, family.containers):
+                    for place, block in container.named_modules(prefix=name):
+                        if is_named(block, family.blocks):
+                            yield Site(place, block, container, level)
+            level += any(is_named(module, family.down) for _, module in modules)
+            level -= any(is_named(module, family.up) for _, module in modules)
+
+
+def _parts(model: object) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(model, nn.Module):
+        yield "", model
+        return
+    # A diffusers pipeline keeps its networks as attributes; MultiControlNet may be a plain list of them.
+    for name, value in vars(model).items():
+        for i, part in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+            if isinstance(part, nn.Module):
+                yield (f"{name}.{i}" if part is not value else name), part

@@ -1,0 +1,127 @@
+"""Who may leave (src) and who receives (dst), and the stateless randomness behind it."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Positions of the tokens that may leave and of those that may receive them.
+
+    Tokens in neither list are protected: they never merge. The leading dimension is 1 where all samples
+    share the partition, else B.
+
+    Args:
+        src: int64 `[1 or B, S]`.
+        dst: int64 `[1 or B, D]`.
+    """
+
+    src: Tensor
+    dst: Tensor
+
+
+def alternate(n: int, protected: int = 0, device: torch.device | None = None) -> Partition:
+    """Even positions leave, odd ones receive; the first `protected` tokens do neither (ToMe for ViTs)."""
+    positions = torch.arange(n, device=device)[None]
+    first = protected + protected % 2
+    return Partition(src=positions[:, first::2], dst=positions[:, protected + 1 - protected % 2 :: 2])
+
+
+def every_kth(n: int, k: int, device: torch.device | None = None) -> Partition:
+    """The last token of every `k` receives, all others leave: `n // k` tokens can remain."""
+    positions = torch.arange(n, device=device)
+    whole = positions[: n // k * k].view(-1, k)
+    src = torch.cat([whole[:, :-1].flatten(), positions[n // k * k :]])
+    return Partition(src[None], whole[None, :, -1])
+
+
+def random_src(priority: Tensor, r: int) -> Partition:
+    """The `r` tokens of lowest `priority` `[B, N]` leave, the others receive."""
+    order = priority.argsort(dim=1, stable=True)
+    return Partition(src=order[:, :r], dst=order[:, r:])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An image of `h` x `w` tokens cut into cells of `sy` x `sx`, one dst in each.
+
+    Rows and columns that fill no whole cell are src only. A stride larger than the image is cut to it.
+    """
+
+    h: int
+    w: int
+    sy: int = 2
+    sx: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sy", min(self.sy, self.h))
+        object.__setattr__(self, "sx", min(self.sx, self.w))
+
+    @property
+    def rows(self) -> int:
+        """Number of cells in y."""
+        return self.h // self.sy
+
+    @property
+    def columns(self) -> int:
+        """Number of cells in x."""
+        return self.w // self.sx
+
+    @property
+    def cells(self) -> int:
+        """Number of cells, so of dst tokens."""
+        return self.rows * self.columns
+
+    @property
+    def max_r(self) -> int:
+        """Number of src tokens: the most that can leave."""
+        return self.h * self.w - self.cells
+
+    def dst(self, offset: Tensor) -> Tensor:
+        """Position of each cell's dst, given its `offset` in `[0, sy * sx)` within the cell: `[b, cells]`."""
+        y = torch.arange(self.rows, device=offset.device)[:, None] * self.sy
+        x = torch.arange(self.columns, device=offset.device)[None, :] * self.sx
+        return (y * self.w + x).flatten() + offset // self.sx * self.w + offset % self.sx
+
+    def partition(self, offset: Tensor) -> Partition:
+        """One dst in each cell, at its `offset` `[b, cells]`; all other tokens are src."""
+        dst = self.dst(offset)
+        taken = torch.zeros(dst.shape[0], self.h * self.w, dtype=torch.uint8, device=dst.device)
+        src = taken.scatter(1, dst, 1).argsort(dim=1, stable=True)[:, : self.max_r]
+        return Partition(src, dst)
+
+
+def cell_offsets(
+    cells: int, options: int, seed: int, timestep: Tensor | float = 0, device: torch.device | None = None
+) -> Tensor:
+    """A pseudo-random number in `[0, options)` for each cell, int64 `[b, cells]`.
+
+    It depends on (seed, timestep, cell) alone: the same call gives the same numbers on any device and
+    batch size, and no random generator is read or moved.
+
+    Args:
+        timestep: a number, or a tensor of one or b of them (a row of the result each).
+    """
+    seed_hash = _mix(seed & 0xFFFFFFFF) ^ _mix((seed >> 32) & 0xFFFFFFFF)
+    cell = torch.arange(cells, device=device)[None]
+    if isinstance(timestep, Tensor):
+        bits = (
+            timestep.detach().to(cell.device, torch.float32).reshape(-1, 1).view(torch.int32).to(torch.int64)
+        )
+        bits = bits & 0xFFFFFFFF
+    else:
+        bits = struct.unpack("<I", struct.pack("<f", timestep))[0]
+    return _mix(_mix(bits ^ seed_hash) ^ _mix(cell)) % options
+
+
+def _mix(x):
+    """Scatters the bits of a 32-bit value, held in a Python int or an int64 tensor."""
+    # The multiplier is under 2^27, so that products of 32-bit values never overflow int64.
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return x ^ (x >> 16)

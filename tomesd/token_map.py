@@ -1,0 +1,212 @@
+"""A merge as a map from N tokens to M groups: merge, unmerge, compose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MODES = ("mean", "sum", "amax", "mlerp", "drop")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """Which group each of N tokens belongs to, and which token of each group survives.
+
+    Merging reduces every group to one token, unmerging gives each token its group's value back. Groups
+    are ordered by their survivor, so tokens that merge with nothing keep their order. A map with as
+    many groups as tokens changes nothing and returns its input untouched.
+
+    Args:
+        index: group of each token, int64 `[B, N]`, values in `[0, M)`. B may be 1: the map then serves
+            any batch.
+        keep: position of the token that survives in each group, int64 `[B, M]`.
+
+    Sources: Bolya et al., Token Merging: Your ViT But Faster, 2023; Bolya and Hoffman, Token Merging
+    for Fast Stable Diffusion, 2023.
+    """
+
+    index: Tensor
+    keep: Tensor
+
+    @classmethod
+    def identity(cls, n: int, device: torch.device | str | None = None) -> TokenMap:
+        """The map of `n` tokens that merges nothing."""
+        index = torch.arange(n, device=device)[None]
+        return cls(index, index)
+
+    @classmethod
+    def from_index(cls, index: Tensor, groups: int) -> TokenMap:
+        """The map of a given `index` `[B, N]`; the first token of each group is its survivor.
+
+        Raises:
+            ValueError: the index is not int64 `[B, N]`, leaves `[0, groups)` or leaves a group empty.
+        """
+        if index.dim() != 2 or index.dtype != torch.int64:
+            raise ValueError(f"index must be int64 [B, N], got {index.dtype} {list(index.shape)}")
+        b, n = index.shape
+        if n and (index.min() < 0 or index.max() >= groups):
+            raise ValueError(f"index must lie in [0, {groups}), got {int(index.min())}..{int(index.max())}")
+        positions = torch.arange(n, device=index.device).expand(b, n)
+        keep = index.new_full((b, groups), n).scatter_reduce(1, index, positions, "amin")
+        if bool((keep == n).any()):
+            raise ValueError(f"every one of the {groups} groups needs a token, some have none")
+        return cls(index, keep)
+
+    @classmethod
+    def from_pairs(cls, n: int, src: Tensor, dst: Tensor) -> TokenMap:
+        """The map of `n` tokens in which token `src[b, i]` joins token `dst[b, i]`.
+
+        Args:
+            n: number of tokens.
+            src: positions of the r tokens that leave, int64 `[B, r]`, each at most once.
+            dst: positions of the tokens that they join, int64 `[B, r]`, none of which leaves itself.
+        """
+        b, r = src.shape
+        positions = torch.arange(n, device=src.device).expand(b, n)
+        stays = torch.ones(b, n, dtype=torch.bool, device=src.device).scatter(1, src, False)
+        rank = stays.cumsum(1) - 1
+        index = rank.gather(1, positions.scatter(1, src, dst))
+        # Tokens that leave write to a spare last column, so that no data-dependent shape arises.
+        keep = src.new_zeros(b, n - r + 1).scatter(1, rank.where(stays, n - r), positions)[:, : n - r]
+        return cls(index, keep)
+
+    @property
+    def tokens(self) -> int:
+        """N, the number of tokens before merging."""
+        return self.index.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """M, the number of tokens after merging."""
+        return self.keep.shape[1]
+
+    @property
+    def sizes(self) -> Tensor:
+        """Number of tokens in each group, int64 `[B, M]`."""
+        return torch.zeros_like(self.keep).scatter_add(1, self.index, torch.ones_like(self.index))
+
+    def source_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`[B, M, N]`, 1 where a token belongs to a group, else 0. Grows as M x N: made on request only."""
+        groups = torch.arange(self.groups, device=self.index.device)
+        return (self.index[:, None, :] == groups[None, :, None]).to(dtype)
+
+    def compose(self, then: TokenMap) -> TokenMap:
+        """The map that does this one's merging and then that of `then`, a map of this one's M groups."""
+        if then.tokens != self.groups:
+            raise ValueError(f"a map of {then.tokens} tokens cannot follow one that leaves {self.groups}")
+        batch = max(self.index.shape[0], then.index.shape[0])
+        index = then.index.expand(batch, -1).gather(1, self.index.expand(batch, -1))
+        return TokenMap(index, self.keep.expand(batch, -1).gather(1, then.keep.expand(batch, -1)))
+
+    def merge(self, x: Tensor, mode: str = "mean", size: Tensor | None = None) -> Tensor:
+        """Reduces every group of tokens to one.
+
+        Args:
+            x: `[B, N, ...]`, any dtype.
+            mode: `"mean"`; `"sum"`; `"amax"`; `"mlerp"`, the mean's direction with the group's largest
+                norm (Kim et al., Token Fusion, 2024); `"drop"`, the survivor's own value alone.
+            size: how many original tokens each token stands for, `[B, N]`; weighs `"mean"` and `"mlerp"`.
+
+        Returns:
+            `[B, M, ...]` in the dtype of `x`. Integer means round down; on booleans every mode but
+            `"drop"` asks whether any token of the group is True. Gradients flow to `x`.
+
+        Raises:
+            ValueError: unknown mode, or a shape that does not fit this map.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if size is not None and mode not in ("mean", "mlerp"):
+            raise ValueError(f"size weighs the modes mean and mlerp only, got mode {mode!r}")
+        self._check(x, self.tokens, "merge")
+        if size is not None and size.shape != x.shape[:2]:
+            raise ValueError(f"size must be {list(x.shape[:2])} as the tokens, got {list(size.shape)}")
+        if self.groups == self.tokens:
+            return x
+        if mode == "drop":
+            return _take(x, self.keep)
+        if x.dtype == torch.bool:
+            return self._scatter(x.to(torch.uint8), "amax").to(torch.bool)
+        if mode == "amax":
+            return self._scatter(x, "amax")
+        if not (x.is_floating_point() or x.is_complex()):
+            if mode == "mlerp" or size is not None:
+                raise ValueError(f"{mode} with norms or sizes needs floating point tokens, got {x.dtype}")
+            total = self._scatter(x, "sum")
+            if mode == "sum":
+                return total
+            return total.div(_align(self.sizes, x), rounding_mode="floor").to(x.dtype)
+        if mode == "sum":
+            return self._weighted_sum(x, None)
+        mean = self._weighted_sum(x, self._mean_weights(x.shape[0], size, x.dtype))
+        if mode == "mean":
+            return mean
+        norm = torch.linalg.vector_norm(x.flatten(2), dim=-1, dtype=torch.float32)
+        length = torch.linalg.vector_norm(mean.flatten(2), dim=-1, dtype=torch.float32)
+        scale = self._scatter(norm, "amax") / length.clamp_min(torch.finfo(torch.float32).tiny)
+        # A mean of zero has no direction to keep: it stays zero.
+        return mean * _align(scale.where(length > 0, 0), x).to(x.dtype)
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """Gives every token its group's value: `[B, M, ...]` -> `[B, N, ...]`."""
+        self._check(y, self.groups, "unmerge")
+        return y if self.groups == self.tokens else _take(y, self.index)
+
+    def _check(self, x: Tensor, length: int, verb: str) -> None:
+        if x.dim() < 2 or x.shape[1] != length or self.index.shape[0] not in (1, x.shape[0]):
+            batch = "B" if self.index.shape[0] == 1 else self.index.shape[0]
+            raise ValueError(f"{verb} needs a tensor of shape [{batch}, {length}, ...], got {list(x.shape)}")
+
+    def _mean_weights(self, batch: int, size: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What each token contributes to its group's mean, `[B, N]`, summing to 1 over each group."""
+        if size is None:
+            weight = self.sizes.reciprocal().gather(1, self.index).expand(batch, -1)
+        else:
+            size = size.to(torch.promote_types(size.dtype, torch.float32))
+            weight = size / self.unmerge(self._scatter(size, "sum"))
+        return weight.to(dtype)
+
+    def _weighted_sum(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        # embedding_bag over rows sorted by group: 3 to 10 times faster on CPU than index_add or
+        # scatter_reduce (4,096 x 320 to 16,384 x 320), accumulates in float32, has a gradient.
+        if x[0, 0].numel() == 0:
+            return x.new_zeros(x.shape[0], self.groups, *x.shape[2:])
+        if x.is_complex():
+            return torch.view_as_complex(self._weighted_sum(torch.view_as_real(x), weight))
+        flat = _flat(self.index, x.shape[0], self.groups)
+        rows = flat.sort(stable=True).indices
+        count = torch.zeros(x.shape[0] * self.groups, dtype=torch.int64, device=x.device)
+        count = count.scatter_add(0, flat, torch.ones_like(flat))
+        out = F.embedding_bag(
+            rows,
+            x.reshape(x.shape[0] * self.tokens, -1),
+            offsets=count.cumsum(0) - count,
+            mode="sum",
+            per_sample_weights=None if weight is None else weight.reshape(-1)[rows],
+        )
+        return out.view(x.shape[0], self.groups, *x.shape[2:])
+
+    def _scatter(self, x: Tensor, reduce: str) -> Tensor:
+        index = _align(self.index, x).expand_as(x)
+        out = x.new_zeros(x.shape[0], self.groups, *x.shape[2:])
+        return out.scatter_reduce(1, index, x, reduce, include_self=False)
+
+
+def _align(per_token: Tensor, x: Tensor) -> Tensor:
+    """`[B, T]` -> `[B, T, 1, ...]`, to broadcast over the trailing dimensions of `x`."""
+    return per_token.reshape(*per_token.shape, *[1] * (x.dim() - 2))
+
+
+def _flat(positions: Tensor, batch: int, length: int) -> Tensor:
+    """Positions `[B, T]` within each of `batch` sequences of `length`, as rows of the flattened batch."""
+    return (positions + length * torch.arange(batch, device=positions.device)[:, None]).flatten()
+
+
+def _take(x: Tensor, positions: Tensor) -> Tensor:
+    """`x[b, positions[b]]`: `[B, T, ...]` -> `[B, P, ...]`."""
+    # Rows of a flat table: a third of the time of torch.gather with an expanded index.
+    rows = x.flatten(0, 1).index_select(0, _flat(positions, x.shape[0], x.shape[1]))
+    return rows.view(x.shape[0], positions.shape[1], *x.shape[2:])
