@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .partition import Grid, Partition
-from .token_map import TokenMap, _take
+from .token_map import TokenMap, _norm, _take
 
 # Similarities held at once by exact matching; more are computed in chunks of src rows.
 CHUNK = 1 << 24
@@ -76,22 +76,18 @@ def _rows(x: Tensor, positions: Tensor) -> Tensor:
     return _take(x, positions)
 
 
-def _norm(x: Tensor) -> Tensor:
-    # In float32: the squares of float16 values overflow.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).clamp_min(torch.finfo(dtype).tiny)
-
-
 def _unit(dst: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors of dst, and which of them are not finite (those become zero)."""
     norm = _norm(dst)
     bad = ~torch.isfinite(norm)
+    norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)
     # The argmax over dst does not depend on the length of src, so only dst needs normalising.
-    return (dst / norm.to(dst.dtype)[..., None]).masked_fill(bad[..., None], 0), bad
+    return (dst / norm[..., None]).masked_fill(bad[..., None], 0).to(dst.dtype), bad
 
 
 def _score(value: Tensor, src: Tensor, bad: Tensor) -> Tensor:
-    score = value / _norm(src)
+    norm = _norm(src)
+    score = value / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     return score.where(torch.isfinite(score) & ~bad, -torch.inf)
 
 

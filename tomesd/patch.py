@@ -8,6 +8,7 @@ removal take everything along.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -82,6 +83,7 @@ def apply_patch(
     for network, family, sites in plans:
         if sites:
             setattr(network, OWNER, NetworkPatch(network, family, sites, config))
+    _recompile()
     return model
 
 
@@ -97,6 +99,7 @@ def remove_patch(model: Model) -> Model:
         if owner is not None:
             owner.remove()
             delattr(network, OWNER)
+            _recompile()
     return model
 
 
@@ -265,6 +268,12 @@ class BlockPatch:
             )
         least = -self.map.merge(-mask.to(torch.float32).flatten(1), "amax")
         return least.to(mask.dtype).view(*mask.shape[:-1], self.map.groups)
+
+
+def _recompile() -> None:
+    # torch.compile does not look for hooks that come or go after it has compiled a module.
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _nothing_to_merge(model: object, config: MergeConfig) -> str:

@@ -1,0 +1,14 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("XFORMERS_MORE_DETAILS", "0")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny networks: threads cost more than they bring
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
