@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "tomesd/__init__.py").read_text(encoding="utf-8"))[1]
-diffusers = ["diffusers>=0.30", "transformers>=4.40", "accelerate>=0.30", "safetensors>=0.4"]
+diffusers = ["diffusers>=0.30", "transformers>=4.40", "accelerate>=0.30", "safetensors>=0.4", "pillow"]
 
 setup(
     name="tomesd",
@@ -14,13 +14,28 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
+    license_files=["LICENSE"],
     packages=find_packages(include=["tomesd", "tomesd.*"]),
     package_data={"tomesd": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.1"],
     extras_require={
-        "diffusers": [*diffusers, "pillow", "tqdm"],
+        "diffusers": diffusers,
         "xformers": ["xformers"],
-        "dev": [*diffusers, "peft", "pytest", "hypothesis", "ruff", "pillow", "matplotlib", "tqdm"],
+        "dev": [
+            *diffusers,
+            "peft",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            # scripts/train_emoji.py and the pictures of the docs
+            "fonttools",
+            "matplotlib",
+            "tqdm",
+            # what CompVis' ldm imports; the tests run against it
+            "einops",
+            "omegaconf",
+        ],
     },
 )

@@ -8,6 +8,7 @@ They are unpacked, never installed: tomesd 0.1.3 would shadow this package. `loa
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,9 @@ def fetch(name: str) -> Path:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", download]
             subprocess.run([*command, "--only-binary", ":all:", PEERS[name]], check=True)
             with zipfile.ZipFile(next(Path(download).glob("*.whl"))) as wheel:
-                wheel.extractall(folder)
+                wheel.extractall(Path(download) / "unpacked")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(Path(download) / "unpacked", folder, dirs_exist_ok=True)
     return folder
 
 
@@ -44,13 +47,9 @@ def load(name: str, alias: str | None = None) -> ModuleType:
             alias, package / "__init__.py", submodule_search_locations=[str(package)]
         )
         assert spec is not None
-        if not (package / "__init__.py").exists():
-            spec = importlib.machinery.ModuleSpec(alias, None, is_package=True)
-            spec.submodule_search_locations = [str(package)]
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[alias] = module
-        if spec.loader is not None:
-            spec.loader.exec_module(module)
+        assert spec.loader is not None
+        sys.modules[alias] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     return sys.modules[alias]
 
 

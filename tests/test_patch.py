@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import diffusers as D
-import peers
 import pytest
 import tiny
 import torch
@@ -58,7 +57,7 @@ def test_signature_is_that_of_tomesd():
 )
 @pytest.mark.parametrize("size", [(16, 16), (24, 16)])
 def test_equals_tomesd_0_1_3(case, options, size):
-    old = peers.load("tomesd", alias="tomesd_0_1_3")
+    old = tiny.peer("tomesd", "tomesd_0_1_3")
     case = tiny.CASES[case]
     model = case.build()
     plain = case(model, *size)
@@ -72,7 +71,7 @@ def test_equals_tomesd_0_1_3(case, options, size):
 
 
 def test_functional_api_equals_tomesd_0_1_3_but_for_the_order_of_tokens():
-    old = peers.load("tomesd", alias="tomesd_0_1_3")
+    old = tiny.peer("tomesd", "tomesd_0_1_3")
     metric, x = torch.randn(2, 7 * 9, 8), torch.randn(2, 7 * 9, 3)
     for r in (0, 10, 40, 1000):
         ours = tomesd.merge.bipartite_soft_matching_random2d(metric, 9, 7, 2, 3, r, no_rand=True)
