@@ -134,10 +134,8 @@ def main() -> None:
                             "share_min": share(least, name),
                         }
                     )
-    environment = (
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}, {platform.processor()}, "
-        f"commit {commit()}"
-    )
+    where = f"{args.device} on {platform.machine()}, {torch.get_num_threads()} threads"
+    environment = f"torch {torch.__version__}, {where}, commit {commit()}"
     columns = list(rows[0])
     print("  ".join(f"{column:>12}" for column in columns))
     for row in rows:

@@ -91,7 +91,7 @@ def kth_bipartite_soft_matching(metric: Tensor, k: int) -> tuple[Merge, Unmerge]
     n = metric.shape[1]
     if k <= 1:
         return _identity(metric)
-    partition = every_kth(n, min(k, max(n, 1)), metric.device)
+    partition = every_kth(n, min(k, max(n, 1)), device=metric.device)
     return _callables(metric, partition, partition.src.shape[1])
 
 

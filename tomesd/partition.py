@@ -28,21 +28,22 @@ class Partition:
 def alternate(n: int, protected: int = 0, device: torch.device | None = None) -> Partition:
     """Even positions leave, odd ones receive; the first `protected` tokens do neither (ToMe for ViTs)."""
     positions = torch.arange(n, device=device)[None]
-    first = protected + protected % 2
-    return Partition(src=positions[:, first::2], dst=positions[:, protected + 1 - protected % 2 :: 2])
+    odd = protected % 2
+    return Partition(src=positions[:, protected + odd :: 2], dst=positions[:, protected + 1 - odd :: 2])
 
 
-def every_kth(n: int, k: int, device: torch.device | None = None) -> Partition:
-    """The last token of every `k` receives, all others leave: `n // k` tokens can remain."""
-    positions = torch.arange(n, device=device)
-    whole = positions[: n // k * k].view(-1, k)
-    src = torch.cat([whole[:, :-1].flatten(), positions[n // k * k :]])
+def every_kth(n: int, k: int, protected: int = 0, device: torch.device | None = None) -> Partition:
+    """The last of every `k` tokens receives, all others leave; the first `protected` tokens do neither."""
+    positions = torch.arange(protected, n, device=device)
+    cells = len(positions) // k
+    whole = positions[: cells * k].view(cells, k)
+    src = torch.cat([whole[:, :-1].flatten(), positions[cells * k :]])
     return Partition(src[None], whole[None, :, -1])
 
 
-def random_src(priority: Tensor, r: int) -> Partition:
-    """The `r` tokens of lowest `priority` `[B, N]` leave, the others receive."""
-    order = priority.argsort(dim=1, stable=True)
+def random_src(priority: Tensor, r: int, protected: int = 0) -> Partition:
+    """The `r` tokens of lowest `priority` `[B, N]` leave, the others receive; protected ones do neither."""
+    order = priority[:, protected:].argsort(dim=1, stable=True) + protected
     return Partition(src=order[:, :r], dst=order[:, r:])
 
 
