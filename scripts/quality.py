@@ -2,10 +2,10 @@
 
     python scripts/quality.py [--prompts 12] [--seeds 2] [--ratios 0.25 0.5 0.75] [--csv FILE]
 
-Every picture is drawn plain and in each way from the same seed. Two figures: `one_step_error`, the relative
-error of the network's output on the plain run's own latents, averaged over all steps (what merging itself
-costs), and the PSNR of the finished pictures (what is left to see of it; it also counts what the sampler makes
-of small differences). tomesd 0.1.3 stands beside ours.
+Every picture is drawn plain and in each way from the same seed. `one_step_error` is the relative error of the
+network's output on the plain run's own latents, averaged over all steps: what merging itself costs. PSNR of
+the finished pictures is what is left to see of it, and of what the sampler makes of small differences. tomesd
+0.1.3 stands beside ours.
 """
 
 from __future__ import annotations
