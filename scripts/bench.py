@@ -71,7 +71,7 @@ def ways(x: Tensor, attention: Attention, ratio: float) -> dict[str, Callable[[]
         "plain": lambda: attention(x),
         "ideal": ideal,
         "tomesd 0.1.3": tomesd_0_1_3,
-        "exact": lambda: through(match_exact(x, grid.partition(offsets()), r)),
+        "exact": lambda: through(match_exact(x, grid.partition(grid.dst(offsets())), r)),
         "windowed": lambda: through(match_windowed(x, grid, grid.dst(offsets()), r)),
         "plan reused": lambda: through(made),
     }

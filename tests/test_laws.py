@@ -94,7 +94,7 @@ def test_timestep_moves_the_partition(case):
     seen = []
     owner = next(m._tomesd for m in model.modules() if hasattr(m, "_tomesd"))
     original = owner.plan
-    owner.plan = lambda x, image: seen.append(original(x, image)) or seen[-1]
+    owner.plan = lambda x, layout: seen.append(original(x, layout)) or seen[-1]
     for t in (500, 400):
         case[0](model, t=t)
     half = len(seen) // 2

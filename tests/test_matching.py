@@ -37,7 +37,7 @@ def pairs(token_map, b):
 def test_grid_has_one_dst_in_each_cell(h, w, sy, sx, seed):
     grid = Grid(h, w, sy, sx)
     offset = cell_offsets(grid.cells, grid.sy * grid.sx, seed)
-    partition = grid.partition(offset)
+    partition = grid.partition(grid.dst(offset))
     dst, src = partition.dst[0].tolist(), partition.src[0].tolist()
     assert sorted(dst + src) == list(range(h * w))
     assert len(src) == grid.max_r
@@ -71,7 +71,7 @@ def test_exact_matching_is_brute_force(h, w, stride, seed, chunked):
     metric = torch.randn(2, h * w, 4, generator=generator)
     grid = Grid(h, w, stride, stride)
     r = seed % (grid.max_r + 1)
-    partition = grid.partition(cell_offsets(grid.cells, grid.sx * grid.sy, seed))
+    partition = grid.partition(grid.dst(cell_offsets(grid.cells, grid.sx * grid.sy, seed)))
     limit, matching.CHUNK = matching.CHUNK, 7 if chunked else matching.CHUNK
     try:
         token_map = match_exact(metric, partition, r)
@@ -90,12 +90,13 @@ def test_windowed_matching_is_brute_force_within_windows(h, w, sy, sx, window, s
     metric = torch.randn(2, h * w, 4, generator=torch.Generator().manual_seed(seed))
     grid = Grid(h, w, sy, sx)
     r = seed % (grid.max_r + 1)
-    partition = grid.partition(cell_offsets(grid.cells, grid.sx * grid.sy, seed))
+    partition = grid.partition(grid.dst(cell_offsets(grid.cells, grid.sx * grid.sy, seed)))
     token_map = match_windowed(metric, grid, partition.dst, r, window)
 
     def axis(token, dst, stride, cells):
-        span = min(max(1, window // stride), cells)
-        number = min(token // (span * stride), math.ceil(cells / span) - 1)
+        windows = math.ceil(cells / max(1, window // stride))
+        span = math.ceil(cells / windows)
+        number = min(token // (span * stride), windows - 1)
         start = min(number * span, cells - span)
         return start <= dst // stride < start + span
 
@@ -110,7 +111,7 @@ def test_windowed_matching_is_brute_force_within_windows(h, w, sy, sx, window, s
 def test_one_window_is_exact_matching():
     metric = torch.randn(2, 8 * 12, 16)
     grid = Grid(8, 12)
-    partition = grid.partition(cell_offsets(grid.cells, 4, 1))
+    partition = grid.partition(grid.dst(cell_offsets(grid.cells, 4, 1)))
     exact = match_exact(metric, partition, 40)
     windowed = match_windowed(metric, grid, partition.dst, 40, window=99)
     assert torch.equal(exact.index, windowed.index)
@@ -123,7 +124,7 @@ def test_one_window_is_exact_matching():
 def test_zero_and_non_finite_tokens_do_not_poison_others(bad, windowed, dtype):
     grid = Grid(8, 8)
     metric = torch.randn(1, 64, 8).to(dtype)
-    partition = grid.partition(torch.zeros(1, 16, dtype=torch.int64))
+    partition = grid.partition(grid.dst(torch.zeros(1, 1, dtype=torch.int64)))
     at = [int(partition.src[0, 3]), int(partition.dst[0, 5])]
     clean = metric.clone()
     metric[0, at] = bad
@@ -148,7 +149,7 @@ def test_zero_and_non_finite_tokens_do_not_poison_others(bad, windowed, dtype):
 def test_half_precision_does_not_overflow(dtype):
     metric = (torch.randn(1, 64, 32) * 200).to(dtype)
     grid = Grid(8, 8)
-    partition = grid.partition(torch.zeros(1, 16, dtype=torch.int64))
+    partition = grid.partition(grid.dst(torch.zeros(1, 1, dtype=torch.int64)))
     half = match_exact(metric, partition, 20)
     full = match_exact(metric.float(), partition, 20)
     assert (half.index == full.index).float().mean() > 0.6
@@ -180,7 +181,7 @@ def test_hash_is_stateless_and_spread_evenly():
 def test_a_partition_for_each_sample():
     metric = torch.randn(2, 36, 4)
     grid = Grid(6, 6)
-    both = grid.partition(cell_offsets(9, 4, 0, torch.tensor([1, 2])))
+    both = grid.partition(grid.dst(cell_offsets(9, 4, 0, torch.tensor([1, 2]))))
     for b in range(2):
         alone = Partition(both.src[b : b + 1], both.dst[b : b + 1])
         for together, single in (
@@ -196,7 +197,7 @@ def test_a_partition_for_each_sample():
 def test_memory_grows_with_the_tokens_not_their_square():
     """At 4K (480 x 272 latents) all similarities at once would take 17 GB in float32."""
     grid = Grid(272, 480)
-    partition = grid.partition(cell_offsets(grid.cells, 4, 0))
+    partition = grid.partition(grid.dst(cell_offsets(grid.cells, 4, 0)))
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -110,7 +110,7 @@ def test_patched_is_undone_even_after_an_error():
         (dict(sx=0), ValueError, r"sx must be at least 1, got 0"),
         (dict(sy=2.0), TypeError, r"sy must be an integer, got 2.0 \(float\)"),
         (dict(max_downsample=3), ValueError, r"max_downsample must be None .* or one of 1, 2, 4, 8, got 3"),
-        (dict(max_downsample="1"), TypeError, r"max_downsample must be an integer"),
+        (dict(max_downsample="1"), TypeError, r"max_downsample must be an integer or None"),
         (dict(use_rand=1), TypeError, r"use_rand must be a bool, got 1 \(int\)"),
         (dict(merge_attn=False), ValueError, r"merge_attn, merge_crossattn and merge_mlp are all False"),
         (dict(matching="fast"), ValueError, r"matching must be one of exact, windowed, got 'fast'"),
@@ -137,6 +137,12 @@ def transformer():
     [
         (lambda: 3, TypeError, r"expected a pipeline or a torch module, got 3 \(int\)"),
         (lambda: "runwayml/stable-diffusion-v1-5", TypeError, r"a pipeline or a torch module, got 'runwayml"),
+        (lambda: [nn.Linear(2, 2)], TypeError, r"got one \(list\)"),
+        (
+            lambda: D.StableDiffusionPipeline,
+            TypeError,
+            "got the class StableDiffusionPipeline: make one first",
+        ),
         (lambda: None, TypeError, "got None"),
         (
             lambda: nn.Linear(2, 2),
@@ -159,10 +165,10 @@ def test_nothing_to_merge_is_an_error():
         up_block_types=("UpBlock2D", "UpBlock2D"),
         mid_block_type=None,
     )
-    with pytest.raises(ValueError, match=r"nothing to merge in UNet2DConditionModel .*: none"):
+    with pytest.raises(ValueError, match="nothing to merge: no transformer blocks in UNet2DConditionModel"):
         tomesd.apply_patch(bare)
     pipe = tiny.sdxl()
-    with pytest.raises(ValueError, match=r"max_downsample=1. .*unet: at downsample 2, 4"):
+    with pytest.raises(ValueError, match=r"in unet with max_downsample=1: .* at downsample 2, 4"):
         tomesd.apply_patch(pipe, max_downsample=1)
     assert tomesd.apply_patch(pipe).unet._tomesd is not None
 

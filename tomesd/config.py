@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 DOWNSAMPLES = (1, 2, 4, 8)
 MATCHINGS = ("exact", "windowed")
@@ -31,8 +31,14 @@ class MergeConfig:
     matching: Literal["exact", "windowed"] = "windowed"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _check_type(field.name, getattr(self, field.name))
+        self._become("ratio", float, Real, "a number")
+        for name in ("sx", "sy", "seed"):
+            self._become(name, int, Integral, "an integer")
+        if self.max_downsample is not None:
+            self._become("max_downsample", int, Integral, "an integer or None")
+        for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"):
+            self._become(name, bool, bool, "a bool")
+        self._become("matching", str, str, "a string")
         if not 0 <= self.ratio < 1:
             raise ValueError(f"ratio must be in [0, 1), the share of tokens to merge, got {self.ratio}")
         for name in ("sx", "sy"):
@@ -48,7 +54,7 @@ class MergeConfig:
                 f"max_downsample must be None (the finest level with attention) or one of "
                 f"{', '.join(map(str, DOWNSAMPLES))}, got {self.max_downsample}"
             )
-        if not (self.merge_attn or self.merge_crossattn or self.merge_mlp):
+        if not self.parts:
             raise ValueError("nothing to merge: merge_attn, merge_crossattn and merge_mlp are all False")
         if self.matching not in MATCHINGS:
             raise ValueError(f"matching must be one of {', '.join(MATCHINGS)}, got {self.matching!r}")
@@ -58,16 +64,16 @@ class MergeConfig:
         """The largest ratio that leaves one dst in each cell."""
         return 1 - 1 / (self.sx * self.sy)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts of a block that see merged tokens."""
+        wanted = {"attn1": self.merge_attn, "attn2": self.merge_crossattn, "ff": self.merge_mlp}
+        return tuple(name for name, merge in wanted.items() if merge)
 
-def _check_type(name: str, value: object) -> None:
-    wanted: tuple[type, ...]
-    if name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"):
-        wanted, kind, right = (bool,), "a bool", isinstance(value, bool)
-    elif name == "matching":
-        wanted, kind, right = (str,), "a string", isinstance(value, str)
-    else:
-        wanted, kind = ((Real,), "a number") if name == "ratio" else ((Integral,), "an integer")
-        right = isinstance(value, wanted) and not isinstance(value, bool)
-        right = right or (name == "max_downsample" and value is None)
-    if not right:
-        raise TypeError(f"{name} must be {kind}, got {value!r} ({type(value).__name__})")
+    def _become(self, name: str, kind: type, accepted: type, words: str) -> None:
+        """Checks an option's type and makes it plain Python, which torch.compile can take as a constant."""
+        value: Any = getattr(self, name)
+        # A bool is an integer to Python, but ratio=True is a slip.
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(f"{name} must be {words}, got {value!r} ({type(value).__name__})")
+        object.__setattr__(self, name, kind(value))

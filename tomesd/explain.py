@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from torch import nn
 
-from .config import MergeConfig
-from .families import Family, Site, find_networks, find_sites
+from .families import Family, find_networks, find_sites
 from .partition import Grid
 from .patch import left_alone, patch_of
 
@@ -38,7 +38,7 @@ class Explanation:
 
     @property
     def saved(self) -> float:
-        """Share of the FLOPs of all transformer blocks that merging saves; convolutions are not counted."""
+        """Share of the FLOPs of these blocks that merging saves; the rest of the model is not counted."""
         total = sum(row.flops for row in self.rows)
         return sum(row.flops * row.saved for row in self.rows) / total if total else 0.0
 
@@ -63,7 +63,7 @@ class Explanation:
         merged = sum(row.left_alone is None for row in self.rows)
         lines.append(
             f"{merged} of {len(self.rows)} blocks merge at {self.width} x {self.height} pixels: an estimated "
-            f"{self.saved:.0%} of the FLOPs of all transformer blocks saved"
+            f"{self.saved:.0%} of the FLOPs of these blocks saved"
         )
         return "\n".join(line.rstrip() for line in lines)
 
@@ -90,7 +90,7 @@ def explain(model: object, height: int | None = None, width: int | None = None) 
     height = height if height is not None else native[0] * scale
     width = width if width is not None else (height if height != native[0] * scale else native[1] * scale)
     for name, side in (("height", height), ("width", width)):
-        if not isinstance(side, int) or isinstance(side, bool) or side < scale:
+        if not isinstance(side, Integral) or isinstance(side, bool) or side < scale:
             raise ValueError(f"{name} must be an integer of at least {scale} pixels, got {side!r}")
     rows = []
     for prefix, network, family in networks:
@@ -106,34 +106,39 @@ def _rows(prefix: str, network: nn.Module, family: Family, h: int, w: int) -> li
         grid_h, grid_w = (-(-side // site.downsample) for side in (h, w))
         before = after = grid_h * grid_w
         reason = "not patched"
-        flops = whole = _flops(site, before, before, MergeConfig())
+        flops = whole = _flops(site.block, before, before, ())
         if owner is not None:
             config = owner.config
             reason = left_alone(site, sites, config)
             if reason is None:
                 grid = Grid(grid_h, grid_w, config.sy, config.sx)
                 after = before - min(int(config.ratio * before), grid.max_r)
-                flops = _flops(site, before, after, config)
+                flops = _flops(site.block, before, after, config.parts)
         name = f"{prefix}.{site.name}" if prefix else site.name
         rows.append(Row(name, site.downsample, before, after, whole, 1 - flops / whole, reason))
     return rows
 
 
-def _flops(site: Site, before: int, after: int, config: MergeConfig) -> float:
-    """FLOPs of one sample in a block, whose merged parts see `after` of `before` tokens."""
-    block, total = site.block, 0.0
-    for name, merged in (("attn1", config.merge_attn), ("attn2", config.merge_crossattn)):
+def _flops(block: nn.Module, before: int, after: int, merged: tuple[str, ...]) -> float:
+    """FLOPs of one sample in a block, whose `merged` parts see `after` of `before` tokens."""
+    total = 0.0
+    for name in ("attn1", "attn2"):
         attn = getattr(block, name, None)
-        if attn is not None:
-            n = after if merged else before
-            keys = n if name == "attn1" else TEXT_TOKENS
-            total += 2 * n * (_weights(attn.to_q) + _weights(attn.to_out))
-            total += 2 * keys * (_weights(attn.to_k) + _weights(attn.to_v))
-            total += 4 * n * keys * attn.to_q.out_features
-    return total + 2 * (after if config.merge_mlp else before) * _weights(block.ff)
+        if attn is None:
+            continue
+        n = after if name in merged else before
+        # CompVis' attention does not say what it is, its block does.
+        crosses = getattr(
+            attn, "is_cross_attention", name == "attn2" or getattr(block, "disable_self_attn", False)
+        )
+        keys = TEXT_TOKENS if crosses else n
+        total += 2 * n * (_parameters(attn.to_q) + _parameters(attn.to_out))
+        total += 2 * keys * (_parameters(attn.to_k) + _parameters(attn.to_v))
+        total += 4 * n * keys * attn.to_q.out_features
+    return total + 2 * (after if "ff" in merged else before) * _parameters(block.ff)
 
 
-def _weights(module: nn.Module) -> int:
+def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
 
 

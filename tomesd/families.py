@@ -18,9 +18,11 @@ class Family:
     Args:
         name: what people call it.
         networks: classes of the whole network, whose forward takes the sample and the timestep.
-        timestep: name of the timestep, the network's second argument.
+        timestep: the parameter of the network's forward that is the timestep.
         stages: attributes of the network that hold its parts, in the order of the forward pass.
         containers: classes that take an image `[B, C, h, w]` and run blocks on its `h * w` tokens.
+        image: the parameter of a container's forward that is this image.
+        carrier: a parameter of containers and blocks, a dict that the former pass on to the latter, if any.
         blocks: classes of a block with `norm1`, `attn1`, `attn2` and `ff`.
         down: classes that halve the resolution at the end of the part that they stand in.
         up: classes that double it there.
@@ -31,6 +33,8 @@ class Family:
     timestep: str
     stages: tuple[str, ...]
     containers: tuple[str, ...]
+    image: str
+    carrier: str | None
     blocks: tuple[str, ...]
     down: tuple[str, ...]
     up: tuple[str, ...]
@@ -49,6 +53,8 @@ FAMILIES = (
         timestep="timestep",
         stages=("down_blocks", "mid_block", "up_blocks"),
         containers=("Transformer2DModel",),
+        image="hidden_states",
+        carrier="cross_attention_kwargs",
         blocks=("BasicTransformerBlock",),
         down=("Downsample2D",),
         up=("Upsample2D",),
@@ -59,6 +65,8 @@ FAMILIES = (
         timestep="timesteps",
         stages=("input_blocks", "middle_block", "output_blocks"),
         containers=("SpatialTransformer",),
+        image="x",
+        carrier=None,
         blocks=("BasicTransformerBlock",),
         down=("Downsample",),
         up=("Upsample",),
@@ -100,17 +108,26 @@ def find_networks(model: object) -> list[tuple[str, nn.Module, Family]]:
         TypeError: the model is neither module nor pipeline.
         ValueError: it holds no network of a known family.
     """
+    if isinstance(model, type):
+        raise TypeError(
+            f"expected a pipeline or a torch module, got the class {model.__name__}: make one first"
+        )
     if not isinstance(model, nn.Module) and not hasattr(model, "__dict__"):
-        raise TypeError(f"expected a pipeline or a torch module, got {model!r} ({type(model).__name__})")
+        given = repr(model) if isinstance(model, (str, int, float, type(None))) else "one"
+        raise TypeError(f"expected a pipeline or a torch module, got {given} ({type(model).__name__})")
     found = {}
-    for prefix, part in _parts(model):
+    parts = list(_parts(model))
+    for prefix, part in parts:
         for name, module in part.named_modules(prefix=prefix):
             family = next((row for row in FAMILIES if is_named(module, row.networks)), None)
             if family is not None:
                 found.setdefault(id(module), (name, module, family))
     if not found:
         known = "; ".join(f"{family.name} ({', '.join(family.networks)})" for family in FAMILIES)
-        raise ValueError(f"{type(model).__name__} holds no network that tomesd knows. Known are {known}")
+        seen = f" (it has {', '.join(type(part).__name__ for _, part in parts)})" if len(parts) > 1 else ""
+        raise ValueError(
+            f"{type(model).__name__} holds no network that tomesd knows{seen}. Known are {known}"
+        )
     return list(found.values())
 
 

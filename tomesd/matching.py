@@ -65,6 +65,7 @@ def match_windowed(metric: Tensor, grid: Grid, dst: Tensor, r: int, window: int 
     local = local.unflatten(0, (b, windows)) + k * torch.arange(windows, device=metric.device)[:, None]
     local = local.flatten(1).index_select(1, slot)
     value = value.view(b, -1).index_select(1, slot)
+    # dst must rank below whatever may leave, or topk could pick one of them.
     score = _score(value, metric, bad.gather(1, local)).scatter(1, dst, -torch.inf)
     chosen = score.topk(r, dim=1, sorted=False).indices
     return TokenMap.from_pairs(n, chosen, receivers.gather(1, local.gather(1, chosen)))
@@ -86,9 +87,10 @@ def _unit(dst: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _score(value: Tensor, src: Tensor, bad: Tensor) -> Tensor:
+    """Cosines from products with unit dst; -2, below any cosine, where src or its dst is not finite."""
     norm = _norm(src)
     score = value / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    return score.where(torch.isfinite(score) & ~bad, -torch.inf)
+    return score.where(torch.isfinite(score) & ~bad, -2)
 
 
 def _windows(grid: Grid, window: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,8 +114,9 @@ class _Axis:
     """
 
     def __init__(self, length: int, stride: int, cells: int, window: int, device: torch.device) -> None:
-        span = min(max(1, window // stride), cells)
-        first = torch.arange(-(-cells // span), device=device) * span
+        windows = -(-cells // max(1, window // stride))
+        span = -(-cells // windows)  # as even as can be: they overlap by less than one cell each
+        first = torch.arange(windows, device=device) * span
         self.starts = first.clamp_max(cells - span)
         self.cells = self.starts[:, None] + torch.arange(span, device=device)
         reach = span * stride + length - cells * stride

@@ -60,7 +60,7 @@ def bipartite_soft_matching_random2d(
         offset = torch.randint(options, (1, grid.cells), device=generator.device, generator=generator)
     else:
         offset = cell_offsets(grid.cells, options, seed=0, device=metric.device)
-    return _callables(metric, grid.partition(offset.to(metric.device)), r)
+    return _callables(metric, grid.partition(grid.dst(offset.to(metric.device))), r)
 
 
 def bipartite_soft_matching(
@@ -128,8 +128,7 @@ def merge_wavg(merge: Merge, x: Tensor, size: Tensor | None = None) -> tuple[Ten
     """
     if size is None:
         size = torch.ones_like(x[..., :1])
-    total = merge(size, mode="sum")
-    return merge(x * size, mode="sum") / total, total
+    return merge(x, size=size[..., 0]), merge(size, mode="sum")
 
 
 def merge_source(merge: Merge, x: Tensor, source: Tensor | None = None) -> Tensor:

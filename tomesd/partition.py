@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+MASK = 0xFFFFFFFF
+Bits = TypeVar("Bits", int, Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +92,8 @@ class Grid:
         x = torch.arange(self.columns, device=offset.device)[None, :] * self.sx
         return (y * self.w + x).flatten() + offset // self.sx * self.w + offset % self.sx
 
-    def partition(self, offset: Tensor) -> Partition:
-        """One dst in each cell, at its `offset` `[b, cells]`; all other tokens are src."""
-        dst = self.dst(offset)
+    def partition(self, dst: Tensor) -> Partition:
+        """One dst in each cell, at its position `[b, cells]`; all other tokens are src."""
         taken = torch.zeros(dst.shape[0], self.h * self.w, dtype=torch.uint8, device=dst.device)
         src = taken.scatter(1, dst, 1).argsort(dim=1, stable=True)[:, : self.max_r]
         return Partition(src, dst)
@@ -108,21 +110,17 @@ def cell_offsets(
     Args:
         timestep: a number, or a tensor of one or b of them (a row of the result each).
     """
-    seed_hash = _mix(seed & 0xFFFFFFFF) ^ _mix((seed >> 32) & 0xFFFFFFFF)
+    if not isinstance(timestep, Tensor):
+        timestep = torch.full((1,), timestep, dtype=torch.float32, device=device)
     cell = torch.arange(cells, device=device)[None]
-    if isinstance(timestep, Tensor):
-        bits = (
-            timestep.detach().to(cell.device, torch.float32).reshape(-1, 1).view(torch.int32).to(torch.int64)
-        )
-        bits = bits & 0xFFFFFFFF
-    else:
-        bits = struct.unpack("<I", struct.pack("<f", timestep))[0]
-    return _mix(_mix(bits ^ seed_hash) ^ _mix(cell)) % options
+    bits = timestep.detach().to(cell.device, torch.float32).reshape(-1, 1).view(torch.int32).to(torch.int64)
+    key = _mix(_mix(seed & MASK) ^ ((seed >> 32) & MASK))
+    return _mix(_mix(_mix(bits & MASK) ^ key) ^ cell) % options
 
 
-def _mix(x):
-    """Scatters the bits of a 32-bit value, held in a Python int or an int64 tensor."""
+def _mix(x: Bits) -> Bits:
+    """Scatters the bits of 32-bit values, held in a Python int or an int64 tensor."""
     # The multiplier is under 2^27, so that products of 32-bit values never overflow int64.
     for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & MASK
     return x ^ (x >> 16)

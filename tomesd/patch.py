@@ -1,16 +1,19 @@
 """apply_patch and remove_patch: merging through forward hooks alone.
 
-No forward of a host's block is restated. Per block, a hook on `norm1` sees the block's input and plans the
-merge; hooks on `attn1`, `attn2` and `ff` merge what goes in and unmerge what comes out. All hooks are bound
-methods of the classes below, owned by one `NetworkPatch` on the network, so that deepcopy, pickle and
-removal take everything along.
+No forward of a host's block is restated. A hook on each container of blocks (a `Transformer2DModel`) reads
+the size of its image and lays out who receives. In each block a hook on `norm1`, which is handed the block's
+input as it is, plans the merge, and hooks on `attn1`, `attn2` and `ff` merge what goes in and unmerge what
+comes out. All hooks are bound methods of the classes below, owned by one `NetworkPatch` on the network, so
+that deepcopy, pickle and removal take everything along.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -24,6 +27,9 @@ from .partition import Grid, cell_offsets
 from .token_map import TokenMap
 
 OWNER = "_tomesd"
+# Caches of diffusers that give attn1's output of another step, which has other merged tokens.
+CACHES = ("pyramid_attention_broadcast", "faster_cache_block")
+
 Model = TypeVar("Model")
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -45,13 +51,14 @@ def apply_patch(
 ) -> Model:
     """Makes a Stable Diffusion model merge similar tokens before attention and give them back after it.
 
-    A patched model is re-patched. Everything is checked before anything is touched.
+    A patched model is re-patched. Options and model are checked before anything is touched. Code that
+    torch.compile has made is discarded, as it would not see the patch.
 
     Args:
         model: a diffusers pipeline (its ControlNets are patched too), a bare network, or a CompVis LDM.
         ratio: share of the tokens that merge away, in `[0, 1)`, at most `1 - 1 / (sx * sy)`.
         max_downsample: merge at levels up to this downsampling of the latent image: 1, 2, 4 or 8; None
-            for the finest level at which this network has attention (1 in SD 1.5 and 2, 2 in SDXL).
+            for the finest level at which each network has attention (1 in SD 1.5 and 2, 2 in SDXL).
         sx: width in tokens of the cells that keep one token (dst) each to merge into.
         sy: height of these cells.
         use_rand: pick the dst of each cell by a hash of (seed, timestep, cell), else always the top left.
@@ -66,23 +73,31 @@ def apply_patch(
 
     Raises:
         TypeError: an option of the wrong type, or a model that is neither module nor pipeline.
-        ValueError: an option out of range, an unknown model, or one with nothing to merge.
+        ValueError: an option out of range, an unknown model, or a network with nothing to merge.
 
     Source: Bolya and Hoffman, Token Merging for Fast Stable Diffusion, 2023.
     """
     config = MergeConfig(
         ratio, max_downsample, sx, sy, use_rand, merge_attn, merge_crossattn, merge_mlp, seed, matching
     )
-    plans = []
-    for _, network, family in find_networks(model):
+    targets = []
+    for name, network, family in find_networks(model):
         sites = list(find_sites(network, family))
-        plans.append((network, family, [site for site in sites if left_alone(site, sites, config) is None]))
-    if not any(sites for _, _, sites in plans):
-        raise ValueError(_nothing_to_merge(model, config))
-    remove_patch(model)
-    for network, family, sites in plans:
-        if sites:
-            setattr(network, OWNER, NetworkPatch(network, family, sites, config))
+        chosen = [site for site in sites if left_alone(site, sites, config) is None]
+        if sites and not chosen:
+            levels = ", ".join(str(level) for level in sorted({site.downsample for site in sites}))
+            raise ValueError(
+                f"nothing to merge in {name or type(network).__name__} with max_downsample={max_downsample}: "
+                f"its transformer blocks stand at downsample {levels}"
+            )
+        targets.append((network, family, chosen))
+    if not any(chosen for _, _, chosen in targets):
+        kinds = ", ".join(type(network).__name__ for network, _, _ in targets)
+        raise ValueError(f"nothing to merge: no transformer blocks in {kinds}")
+    for network, family, chosen in targets:
+        _detach(network)
+        if chosen:
+            setattr(network, OWNER, NetworkPatch(network, family, chosen, config))
     _recompile()
     return model
 
@@ -94,12 +109,9 @@ def remove_patch(model: Model) -> Model:
         TypeError: the model is neither module nor pipeline.
         ValueError: it holds no network of a known family.
     """
-    for _, network, _ in find_networks(model):
-        owner = patch_of(network)
-        if owner is not None:
-            owner.remove()
-            delattr(network, OWNER)
-            _recompile()
+    patched_before = [_detach(network) for _, network, _ in find_networks(model)]
+    if any(patched_before):
+        _recompile()
     return model
 
 
@@ -125,106 +137,156 @@ def left_alone(site: Site, sites: list[Site], config: MergeConfig) -> str | None
         limit = min(other.downsample for other in sites)
     if site.downsample > limit:
         return f"downsample {site.downsample} > max_downsample {limit}"
-    parts = {"attn1": config.merge_attn, "attn2": config.merge_crossattn, "ff": config.merge_mlp}
-    if not any(wanted and getattr(site.block, part, None) is not None for part, wanted in parts.items()):
-        return "has none of the parts to merge for"
+    if getattr(site.block, "norm1", None) is None:
+        return "has no norm1 to plan at"
+    if not any(getattr(site.block, part, None) is not None for part in config.parts):
+        return f"has no {' or '.join(config.parts)}"
     return None
 
 
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The image of one call of a container, and who receives there: `dst` is `[1 or B, cells]`."""
+
+    grid: Grid
+    dst: Tensor
+
+
+class Argument:
+    """A parameter of a module's forward, which callers may pass by position or by keyword."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.name = name
+        self.position = list(inspect.signature(type(module).forward).parameters).index(name) - 1
+
+    def get(self, args: Args, kwargs: Kwargs) -> Any:
+        return args[self.position] if self.position < len(args) else kwargs.get(self.name)
+
+    def put(self, args: Args, kwargs: Kwargs, value: Any) -> tuple[Args, Kwargs]:
+        if self.position < len(args):
+            return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
+        return args, {**kwargs, self.name: value}
+
+
 class NetworkPatch:
-    """All that tomesd holds on one network: the options, the hooks, and what the last call was given."""
+    """All that tomesd holds on one network: the options and the hooks."""
 
     def __init__(self, network: nn.Module, family: Family, sites: list[Site], config: MergeConfig) -> None:
         self.config = config
-        self.family = family
         self.timestep: Tensor | float = 0
+        self.argument = Argument(network, family.timestep)
         self.handles: list[RemovableHandle] = []
         self.handles.append(network.register_forward_pre_hook(self.read_timestep, with_kwargs=True))
-        images: dict[nn.Module, Image] = {}
+        containers: dict[nn.Module, ContainerPatch] = {}
         for site in sites:
-            if site.container not in images:
-                images[site.container] = Image()
-                read = images[site.container].read_size
-                self.handles.append(site.container.register_forward_pre_hook(read, with_kwargs=True))
-            self.handles += BlockPatch(self, images[site.container], site.name).attach(site.block)
+            if site.container not in containers:
+                containers[site.container] = ContainerPatch(self, site.container, family)
+            containers[site.container].attach(site)
 
     def read_timestep(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        timestep = args[1] if len(args) > 1 else kwargs.get(self.family.timestep)
+        timestep = self.argument.get(args, kwargs)
+        if isinstance(timestep, Tensor):
+            timestep = timestep.detach()  # deepcopy refuses tensors that have a history
         self.timestep = 0 if timestep is None else timestep
 
-    def plan(self, x: Tensor, image: Image) -> TokenMap:
-        """Which of the tokens `x` `[B, h * w, C]` of an image merge."""
+    def layout(self, image: Tensor) -> Layout:
+        """Where the tokens of an image `[B, C, h, w]` receive."""
         config = self.config
-        grid = Grid(image.h, image.w, config.sy, config.sx)
-        r = min(int(config.ratio * x.shape[1]), grid.max_r)
-        if r == 0:
-            return TokenMap.identity(x.shape[1], x.device)
-        offset = self._offset(grid, x)
-        if config.matching == "windowed":
-            return match_windowed(x, grid, grid.dst(offset), r)
-        return match_exact(x, grid.partition(offset), r)
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-
-    def _offset(self, grid: Grid, x: Tensor) -> Tensor:
-        if not self.config.use_rand:
-            return torch.zeros(1, grid.cells, dtype=torch.int64, device=x.device)
+        grid = Grid(image.shape[-2], image.shape[-1], config.sy, config.sx)
+        if not config.use_rand:
+            return Layout(grid, grid.dst(torch.zeros(1, 1, dtype=torch.int64, device=image.device)))
         timestep = self.timestep
         if isinstance(timestep, Tensor) and timestep.numel() > 1:
             # One timestep per sample; a video network gives all frames of a sample the same.
-            each, rest = divmod(x.shape[0], timestep.numel())
+            each, rest = divmod(image.shape[0], timestep.numel())
             timestep = timestep.flatten()[:1] if rest else timestep.flatten().repeat_interleave(each)
-        return cell_offsets(grid.cells, grid.sy * grid.sx, self.config.seed, timestep, x.device)
+        offset = cell_offsets(grid.cells, grid.sy * grid.sx, config.seed, timestep, image.device)
+        return Layout(grid, grid.dst(offset))
+
+    def plan(self, x: Tensor, layout: Layout) -> TokenMap:
+        """Which of the tokens `x` `[B, h * w, C]` of an image merge."""
+        grid = layout.grid
+        r = min(int(self.config.ratio * x.shape[1]), grid.max_r)
+        if r == 0:
+            return TokenMap.identity(x.shape[1], x.device)
+        if self.config.matching == "windowed":
+            return match_windowed(x, grid, layout.dst, r)
+        return match_exact(x, grid.partition(layout.dst), r)
 
 
-class Image:
-    """The size in tokens of the image that a container of blocks was last called with."""
+class ContainerPatch:
+    """Lays out each image that a container is called with, and hands the layout to its blocks.
 
-    h = w = 0
+    Where the container passes a dict through to its blocks, the layout travels in it: what activation
+    checkpointing recomputes is then given the layout of its own forward again.
+    CompVis' containers pass nothing through; there blocks look up the last call's.
+    """
 
-    def read_size(self, container: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        image = args[0] if args else next(iter(kwargs.values()))
-        self.h, self.w = image.shape[-2:]
+    def __init__(self, owner: NetworkPatch, container: nn.Module, family: Family) -> None:
+        self.owner = owner
+        self.image = Argument(container, family.image)
+        self.carrier = Argument(container, family.carrier) if family.carrier else None
+        self.last: Layout | None = None
+        owner.handles.append(container.register_forward_pre_hook(self.lay_out, with_kwargs=True))
+
+    def lay_out(self, container: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        layout = self.owner.layout(self.image.get(args, kwargs))
+        if self.carrier is None:
+            self.last = layout
+            return args, kwargs
+        return self.carrier.put(args, kwargs, {**(self.carrier.get(args, kwargs) or {}), OWNER: layout})
+
+    def attach(self, site: Site) -> None:
+        patch = BlockPatch(self, site)
+        handles, block = self.owner.handles, site.block
+        if patch.carrier is not None:
+            handles.append(block.register_forward_pre_hook(patch.receive, with_kwargs=True))
+        # Planned at norm1 and not at the block, as CompVis' checkpointing recomputes less than the block.
+        handles.append(block.norm1.register_forward_pre_hook(patch.plan))
+        merges = {"attn1": patch.merge_attn1, "attn2": patch.merge_attn2, "ff": patch.merge_ff}
+        for name in self.owner.config.parts:
+            part = getattr(block, name, None)
+            if part is not None:
+                handles.append(part.register_forward_pre_hook(merges[name], with_kwargs=True))
+                handles.append(part.register_forward_hook(patch.unmerge))
+        handles.append(block.register_forward_hook(patch.forget))
 
 
 class BlockPatch:
     """Merges and unmerges around the parts of one block, by the plan made from the block's input."""
 
-    def __init__(self, network: NetworkPatch, image: Image, name: str) -> None:
-        self.network = network
-        self.image = image
-        self.name = name
+    def __init__(self, container: ContainerPatch, site: Site) -> None:
+        self.container = container
+        self.name = site.name
+        self.carrier = Argument(site.block, container.carrier.name) if container.carrier else None
+        self.layout: Layout | None = None
         self.map: TokenMap | None = None
 
-    def attach(self, block: nn.Module) -> list[RemovableHandle]:
-        # norm1 is handed the block's input as it is. Planning there and not at the block keeps the plan
-        # inside of what activation checkpointing recomputes, which for LDM is less than the block.
-        handles = [block.norm1.register_forward_pre_hook(self.plan)]
-        config = self.network.config
-        wanted = {"attn1": config.merge_attn, "attn2": config.merge_crossattn, "ff": config.merge_mlp}
-        for name, merge in wanted.items():
-            part = getattr(block, name, None)
-            if merge and part is not None:
-                handles.append(
-                    part.register_forward_pre_hook(getattr(self, f"merge_{name}"), with_kwargs=True)
-                )
-                handles.append(part.register_forward_hook(self.unmerge))
-        handles.append(block.register_forward_hook(self.forget))
-        return handles
+    def receive(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        assert self.carrier is not None
+        carried = dict(self.carrier.get(args, kwargs) or {})
+        self.layout = carried.pop(OWNER, None)
+        return self.carrier.put(args, kwargs, carried)
 
     def plan(self, norm: nn.Module, args: Args) -> None:
         x = args[0]
-        if x.shape[1] != self.image.h * self.image.w:
+        layout = self.container.last if self.carrier is None else self.layout
+        if layout is None or x.shape[1] != layout.grid.h * layout.grid.w:
+            seen = "no image" if layout is None else f"an image of {layout.grid.h} x {layout.grid.w}"
             raise RuntimeError(
-                f"tomesd: {self.name} got {x.shape[1]} tokens, but its image was last seen as "
-                f"{self.image.h} x {self.image.w}: call the whole network, not a block of it"
+                f"tomesd: {self.name} got {x.shape[1]} tokens, but was told of {seen}: call the whole "
+                "network, not a block of it"
             )
-        self.map = self.network.plan(x, self.image)
+        self.map = self.container.owner.plan(x, layout)
 
     def merge_attn1(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", {})
+        for cache in CACHES:
+            if cache in hooks:
+                raise ValueError(
+                    f"tomesd: {self.name}.attn1 is cached by diffusers' {cache}, which gives back the tokens "
+                    "of another step: use either the cache or merge_attn=True"
+                )
         mask = kwargs.get("attention_mask")
         if mask is not None and kwargs.get("encoder_hidden_states") is None:
             kwargs = {**kwargs, "attention_mask": self._merge_mask(mask)}
@@ -239,52 +301,56 @@ class BlockPatch:
         return self._merge(args), kwargs
 
     def merge_ff(self, ff: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        assert self.map is not None
-        if args[0].shape[1] != self.map.tokens:
+        token_map = self._map
+        if not token_map.fits(args[0]) and not token_map.is_identity:
             raise ValueError(
-                f"tomesd: {self.name}.ff was given {args[0].shape[1]} of {self.map.tokens} tokens: "
-                "merge_mlp=True and forward chunking over tokens (dim=1) exclude each other, use one of them"
+                f"tomesd: {self.name}.ff was given {list(args[0].shape[:2])} of the block's tokens: "
+                "merge_mlp=True and chunked feed-forward exclude each other, use one of them"
             )
         return self._merge(args), kwargs
 
     def unmerge(self, part: nn.Module, args: Args, output: Tensor) -> Tensor:
-        assert self.map is not None
-        return self.map.unmerge(output)
+        return output if self._map.is_identity else self._map.unmerge(output)
 
     def forget(self, block: nn.Module, args: Args, output: Any) -> None:
-        self.map = None
+        self.map = self.layout = None
+
+    @property
+    def _map(self) -> TokenMap:
+        if self.map is None:
+            raise RuntimeError(
+                f"tomesd: a part of {self.name} was called without its block: call the whole network, or "
+                "remove_patch first"
+            )
+        return self.map
 
     def _merge(self, args: Args) -> Args:
-        assert self.map is not None
-        return (self.map.merge(args[0]), *args[1:])
+        return args if self._map.is_identity else (self._map.merge(args[0]), *args[1:])
 
     def _merge_mask(self, mask: Tensor) -> Tensor:
         """Merges a mask or bias of the keys, `[B, N]` or `[B, 1, N]`; the least visible token decides."""
-        assert self.map is not None
-        if mask.shape[-1] != self.map.tokens or mask[0].numel() != mask.shape[-1]:
+        token_map = self._map
+        if mask.shape[-1] != token_map.tokens or mask.dim() > 3 or (mask.dim() == 3 and mask.shape[1] != 1):
             raise ValueError(
                 f"tomesd: {self.name} got a self-attention mask of shape {list(mask.shape)}; only masks of "
-                f"its keys, [B, {self.map.tokens}] or [B, 1, {self.map.tokens}], can be merged"
+                f"its keys, [B, {token_map.tokens}] or [B, 1, {token_map.tokens}], can be merged"
             )
-        least = -self.map.merge(-mask.to(torch.float32).flatten(1), "amax")
-        return least.to(mask.dtype).view(*mask.shape[:-1], self.map.groups)
+        least = -token_map.merge(-mask.to(torch.float32).flatten(1), "amax")
+        return least.to(mask.dtype).view(*mask.shape[:-1], token_map.groups)
+
+
+def _detach(network: nn.Module) -> bool:
+    """Takes the patch off a network; whether there was one."""
+    owner = patch_of(network)
+    if owner is None:
+        return False
+    for handle in owner.handles:
+        handle.remove()
+    delattr(network, OWNER)
+    return True
 
 
 def _recompile() -> None:
     # torch.compile does not look for hooks that come or go after it has compiled a module.
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def _nothing_to_merge(model: object, config: MergeConfig) -> str:
-    levels = {
-        f"{name or type(network).__name__}": sorted({s.downsample for s in find_sites(network, family)})
-        for name, network, family in find_networks(model)
-    }
-    found = "; ".join(
-        f"{n}: {'at downsample ' + ', '.join(map(str, d)) if d else 'none'}" for n, d in levels.items()
-    )
-    return (
-        f"nothing to merge in {type(model).__name__} with max_downsample={config.max_downsample}. "
-        f"Transformer blocks found: {found}"
-    )
