@@ -208,6 +208,31 @@ def test_gradients_flow_and_checkpointing_gives_the_same(case):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
+def test_checkpointing_recomputes_each_forward_as_it_was(case):
+    """Two forwards of other timesteps and sizes before one backward."""
+    call, model = case
+    if not getattr(model, "_supports_gradient_checkpointing", False):
+        pytest.skip("this network cannot checkpoint, or as CompVis' passes nothing on to its blocks")
+    model.train()
+    tomesd.apply_patch(model)
+    torch.set_grad_enabled(True)
+    parameters = [p for name, p in model.named_parameters() if "attn1.to_q" in name]
+
+    def gradients():
+        loss = call(model, t=500).square().mean() + call(model, h=8, w=32, t=100).square().mean()
+        loss = loss + call(model, h=8, w=8, t=torch.tensor([7, 900])).square().mean()
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    plain = gradients()
+    model.enable_gradient_checkpointing()
+    recomputed = gradients()
+    model.disable_gradient_checkpointing()
+    model.eval()
+    for a, b in zip(plain, recomputed, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
 def test_an_exception_inside_a_forward_leaves_the_model_usable(case):
     call, model = case
     plain = call(model)

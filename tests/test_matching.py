@@ -145,6 +145,26 @@ def test_zero_and_non_finite_tokens_do_not_poison_others(bad, windowed, dtype):
     assert all(joined[s] == reference[s] for s in same)
 
 
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_however_many_tokens_are_not_finite_the_map_is_sound(windowed, seed):
+    metric = torch.randn(2, 64, 8)
+    for b in range(2):
+        metric[b, torch.randperm(64)[: 8 * (seed % 8 + 1)]] = math.nan
+    grid = Grid(8, 8)
+    partition = grid.partition(grid.dst(cell_offsets(grid.cells, 4, seed)))
+    r = (12, 32, 48)[seed % 3]
+    token_map = (
+        match_windowed(metric, grid, partition.dst, r, 4) if windowed else match_exact(metric, partition, r)
+    )
+    for b in range(2):
+        joined = pairs(token_map, b)
+        assert len(joined) == r
+        assert set(joined) <= set(partition.src[0].tolist())
+        assert set(joined.values()) <= set(partition.dst[0].tolist())
+        assert token_map.index[b].unique().tolist() == list(range(64 - r))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_does_not_overflow(dtype):
     metric = (torch.randn(1, 64, 32) * 200).to(dtype)

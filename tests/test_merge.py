@@ -58,6 +58,12 @@ def test_wavg_and_source_through_two_layers():
     torch.testing.assert_close(z, source @ x / size)
 
 
+def test_wavg_does_not_overflow_in_half_precision():
+    x = torch.full((1, 4096, 2), 30.0, dtype=torch.float16)
+    merge, _ = M.kth_bipartite_soft_matching(x, 4096)
+    assert torch.equal(M.merge_wavg(merge, x)[0], x[:, :1])
+
+
 def test_random2d_without_a_generator_is_repeatable_and_r_0_does_nothing():
     x = torch.randn(2, 30, 4)
     state = torch.get_rng_state()

@@ -173,11 +173,34 @@ def test_nothing_to_merge_is_an_error():
     assert tomesd.apply_patch(pipe).unet._tomesd is not None
 
 
-def test_a_block_called_alone_says_so():
+def test_blocks_and_parts_called_alone_say_so():
     unet = tiny.unet(**SMALL)
     tomesd.apply_patch(unet)
-    with pytest.raises(RuntimeError, match="call the whole network"):
-        unet.down_blocks[0].attentions[0].transformer_blocks[0](torch.randn(1, 9, 16))
+    container = unet.down_blocks[0].attentions[0]
+    block = container.transformer_blocks[0]
+    with pytest.raises(RuntimeError, match=r"got 9 tokens, but was told of no image: call the whole network"):
+        block(torch.randn(1, 9, 16))
+    with pytest.raises(RuntimeError, match="called without its block"):
+        block.attn1(torch.randn(1, 9, 16))
+    image, text = torch.randn(1, 16, 4, 6), torch.randn(1, 7, tiny.TEXT)
+    by_position = container(image, text).sample
+    assert torch.equal(container(encoder_hidden_states=text, hidden_states=image).sample, by_position)
+
+
+def test_every_network_of_a_pipeline_must_have_something_to_merge():
+    pipe = tiny.sd(D.StableDiffusionControlNetPipeline, unet=tiny.sdxl_unet(), controlnet=tiny.controlnet())
+    with pytest.raises(ValueError, match="nothing to merge in unet with max_downsample=1"):
+        tomesd.apply_patch(pipe, max_downsample=1)
+    assert not hasattr(pipe.controlnet, "_tomesd")
+
+
+def test_blocks_of_other_makes_are_left_alone_and_explained():
+    unet = tiny.unet(**SMALL)
+    del unet.down_blocks[0].attentions[0].transformer_blocks[0].norm1
+    tomesd.apply_patch(unet)
+    reasons = {row.name: row.left_alone for row in tomesd.explain(unet).rows}
+    assert reasons["down_blocks.0.attentions.0.transformer_blocks.0"] == "has no norm1 to plan at"
+    assert reasons["up_blocks.1.attentions.0.transformer_blocks.0"] is None
 
 
 def test_explain_counts_what_the_sites_really_see():
@@ -202,10 +225,11 @@ def test_explain_counts_what_the_sites_really_see():
     assert f"{len(merged)} of {len(table.rows)} blocks merge at 200 x 136 pixels" in text
 
 
-def test_explain_estimates_the_flops_that_torch_counts():
+@pytest.mark.parametrize("config", [{}, {"only_cross_attention": True}])
+def test_explain_estimates_the_flops_that_torch_counts(config):
     from torch.utils.flop_counter import FlopCounterMode
 
-    unet = tiny.unet(**SMALL)
+    unet = tiny.unet(**SMALL, **config)
     unet.set_attn_processor(AttnProcessor())  # torch does not count its fused attention on CPU
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     x, text = torch.randn(1, 256, 16), torch.randn(1, 77, tiny.TEXT)

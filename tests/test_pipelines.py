@@ -252,6 +252,21 @@ def test_xformers_processor(monkeypatch):
     assert (256, 77) in seen
 
 
+def test_caches_of_self_attention_are_refused():
+    pipe = tiny.sd()
+    tomesd.apply_patch(pipe)
+    config = D.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(0, 1000),
+        current_timestep_callback=lambda: 500,
+    )
+    D.apply_pyramid_attention_broadcast(pipe.unet, config)
+    with pytest.raises(ValueError, match="cached by diffusers' pyramid_attention_broadcast"):
+        tiny.generate(pipe)
+    tomesd.apply_patch(pipe, merge_attn=False, merge_mlp=True)
+    assert torch.isfinite(tiny.generate(pipe)).all()
+
+
 def test_self_attention_masks_are_merged():
     unet = tiny.unet(
         block_out_channels=(16, 32),
@@ -356,6 +371,20 @@ def test_guidance_halves_may_be_called_apart():
     many = unet(x, torch.tensor([500, 20]), text).sample
     torch.testing.assert_close(many[:1], together[:1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(many[1:], unet(x[1:], 20, text[1:]).sample, atol=1e-5, rtol=1e-4)
+
+
+def test_numbers_as_timesteps_and_other_sizes_compile():
+    unet = tiny.unet(
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    tomesd.apply_patch(unet, np.float32(0.5), sx=np.int64(2))
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    for h, w, t in ((16, 16, 500.0), (16, 16, 400.5), (16, 24, 300.25), (24, 16, 7)):
+        x, text = tiny.inputs(h, w, 2)
+        torch.testing.assert_close(compiled(x, t, text).sample, unet(x, t, text).sample, atol=1e-5, rtol=1e-4)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("way", ["wrapper", "in place", "blocks"])

@@ -129,6 +129,9 @@ def test_integers_round_down_and_booleans_ask_for_any():
     assert token_map.merge(x, "sum").tolist() == [[5, -5, 7]]
     assert token_map.merge(x, "amax").tolist() == [[4, -1, 7]]
     assert token_map.merge(x, "drop").tolist() == [[1, -1, 7]]
+    small = TokenMap.from_index(torch.zeros(1, 8, dtype=torch.int64), 1)
+    for dtype, value in ((torch.uint8, 200), (torch.int8, -100)):
+        assert small.merge(torch.full((1, 8), value, dtype=dtype)).tolist() == [[value]]
     flags = torch.tensor([[True, False, False, False, False]])
     for mode in ("mean", "sum", "amax", "drop"):
         assert token_map.merge(flags, mode).tolist() == [[True, False, False]]
@@ -159,8 +162,27 @@ def test_gradients():
         assert torch.autograd.gradcheck(lambda v, mode=mode: token_map.merge(v, mode), x)
     assert torch.autograd.gradcheck(lambda v: token_map.merge(v, size=size), x)
     assert torch.autograd.gradcheck(lambda v: token_map.unmerge(token_map.merge(v)), x)
+    assert torch.autograd.gradgradcheck(lambda v: token_map.merge(v, size=size).square(), x)
+    assert torch.autograd.gradcheck(lambda v: token_map.merge(x.detach(), size=v), size.requires_grad_())
+    size = size.detach()
     token_map.merge(x, "mlerp").sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_equal_tokens_merge_into_themselves_in_half_precision(dtype):
+    """Exactly so for groups of up to 4, as those of 2 x 2 cells mostly are."""
+    token_map = TokenMap.from_index(torch.tensor([[0, 1, 1, 2, 2, 2, 3, 3, 3, 3]]), 4)
+    y = torch.randn(1, 4, 64).to(dtype)
+    for mode in ("mean", "amax", "drop"):
+        assert torch.equal(token_map.merge(token_map.unmerge(y), mode), y)
+
+
+def test_empty_batches_and_channels():
+    token_map = TokenMap.from_index(INDEX[:1], 3)
+    for mode in ("mean", "sum", "amax", "mlerp", "drop"):
+        assert token_map.merge(torch.zeros(0, 5, 2), mode).shape == (0, 3, 2)
+        assert token_map.merge(torch.zeros(2, 5, 0), mode).shape == (2, 3, 0)
 
 
 def test_identity_returns_its_input():
@@ -182,6 +204,7 @@ def test_identity_returns_its_input():
         (lambda m: m.merge(torch.zeros(2, 5), size=torch.ones(2, 5, 1)), r"\[2, 5\] as the tokens"),
         (lambda m: m.merge(torch.zeros(2, 5).long(), "mlerp"), "floating point"),
         (lambda m: m.compose(TokenMap.identity(4)), "4 tokens cannot follow one that leaves 3"),
+        (lambda m: m.compose(TokenMap.from_index(torch.zeros(3, 3).long(), 1)), "2 and 3 samples"),
         (lambda m: TokenMap.from_index(INDEX.int(), 3), "int64"),
         (lambda m: TokenMap.from_index(INDEX, 2), r"\[0, 2\), got 0\.\.2"),
         (lambda m: TokenMap.from_index(INDEX, 4), "some have none"),
