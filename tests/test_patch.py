@@ -178,10 +178,13 @@ def test_blocks_and_parts_called_alone_say_so():
     tomesd.apply_patch(unet)
     container = unet.down_blocks[0].attentions[0]
     block = container.transformer_blocks[0]
-    with pytest.raises(RuntimeError, match=r"got 9 tokens, but was told of no image: call the whole network"):
+    with pytest.raises(RuntimeError, match="given 9 tokens and no image: call the whole network"):
         block(torch.randn(1, 9, 16))
-    with pytest.raises(RuntimeError, match="called without its block"):
+    with pytest.raises(RuntimeError, match="given no tokens and no image: call the whole network"):
         block.attn1(torch.randn(1, 9, 16))
+    tomesd.apply_patch(unet, merge_attn=False, merge_mlp=True)
+    with pytest.raises(RuntimeError, match="called without its block"):
+        block.ff(torch.randn(1, 9, 16))
     image, text = torch.randn(1, 16, 4, 6), torch.randn(1, 7, tiny.TEXT)
     by_position = container(image, text).sample
     assert torch.equal(container(encoder_hidden_states=text, hidden_states=image).sample, by_position)
@@ -199,7 +202,7 @@ def test_blocks_of_other_makes_are_left_alone_and_explained():
     del unet.down_blocks[0].attentions[0].transformer_blocks[0].norm1
     tomesd.apply_patch(unet)
     reasons = {row.name: row.left_alone for row in tomesd.explain(unet).rows}
-    assert reasons["down_blocks.0.attentions.0.transformer_blocks.0"] == "has no norm1 to plan at"
+    assert reasons["down_blocks.0.attentions.0.transformer_blocks.0"] == "has no norm1 and attn1 to plan at"
     assert reasons["up_blocks.1.attentions.0.transformer_blocks.0"] is None
 
 

@@ -22,7 +22,7 @@ class Family:
         stages: attributes of the network that hold its parts, in the order of the forward pass.
         containers: classes that take an image `[B, C, h, w]` and run blocks on its `h * w` tokens.
         image: the parameter of a container's forward that is this image.
-        carrier: a parameter of containers and blocks, a dict that the former pass on to the latter, if any.
+        carrier: the parameter of containers, if any, that is a dict of arguments for `attn1` and `attn2`.
         blocks: classes of a block with `norm1`, `attn1`, `attn2` and `ff`.
         down: classes that halve the resolution at the end of the part that they stand in.
         up: classes that double it there.

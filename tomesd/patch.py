@@ -1,8 +1,8 @@
 """apply_patch and remove_patch: merging through forward hooks alone.
 
 No forward of a host's block is restated. A hook on each container of blocks (a `Transformer2DModel`) reads
-the size of its image and lays out who receives. In each block a hook on `norm1`, which is handed the block's
-input as it is, plans the merge, and hooks on `attn1`, `attn2` and `ff` merge what goes in and unmerge what
+the size of its image and lays out who receives. In each block a hook on `norm1` keeps the block's input, one
+on `attn1` plans the merge by it, and hooks on `attn1`, `attn2` and `ff` merge what goes in and unmerge what
 comes out. All hooks are bound methods of the classes below, owned by one `NetworkPatch` on the network, so
 that deepcopy, pickle and removal take everything along.
 """
@@ -137,8 +137,8 @@ def left_alone(site: Site, sites: list[Site], config: MergeConfig) -> str | None
         limit = min(other.downsample for other in sites)
     if site.downsample > limit:
         return f"downsample {site.downsample} > max_downsample {limit}"
-    if getattr(site.block, "norm1", None) is None:
-        return "has no norm1 to plan at"
+    if getattr(site.block, "norm1", None) is None or getattr(site.block, "attn1", None) is None:
+        return "has no norm1 and attn1 to plan at"
     if not any(getattr(site.block, part, None) is not None for part in config.parts):
         return f"has no {' or '.join(config.parts)}"
     return None
@@ -217,9 +217,10 @@ class NetworkPatch:
 class ContainerPatch:
     """Lays out each image that a container is called with, and hands the layout to its blocks.
 
-    Where the container passes a dict through to its blocks, the layout travels in it: what activation
-    checkpointing recomputes is then given the layout of its own forward again.
-    CompVis' containers pass nothing through; there blocks look up the last call's.
+    Where the container passes a dict through to `attn1` and `attn2`, the layout travels in it. So what
+    activation checkpointing recomputes is given the layout of its own forward again, and a block that is
+    compiled by itself sees the size of the image as an argument, not as a constant. CompVis' containers pass
+    nothing through; there blocks look up the last call's.
     """
 
     def __init__(self, owner: NetworkPatch, container: nn.Module, family: Family) -> None:
@@ -238,48 +239,38 @@ class ContainerPatch:
 
     def attach(self, site: Site) -> None:
         patch = BlockPatch(self, site)
+        hooks = {"attn1": patch.enter_attn1, "attn2": patch.enter_attn2, "ff": patch.enter_ff}
         handles, block = self.owner.handles, site.block
-        if patch.carrier is not None:
-            handles.append(block.register_forward_pre_hook(patch.receive, with_kwargs=True))
-        # Planned at norm1 and not at the block, as CompVis' checkpointing recomputes less than the block.
-        handles.append(block.norm1.register_forward_pre_hook(patch.plan))
-        merges = {"attn1": patch.merge_attn1, "attn2": patch.merge_attn2, "ff": patch.merge_ff}
-        for name in self.owner.config.parts:
+        handles.append(block.norm1.register_forward_pre_hook(patch.keep_input))
+        for name, enter in hooks.items():
             part = getattr(block, name, None)
             if part is not None:
-                handles.append(part.register_forward_pre_hook(merges[name], with_kwargs=True))
-                handles.append(part.register_forward_hook(patch.unmerge))
+                handles.append(part.register_forward_pre_hook(enter, with_kwargs=True))
+                if name in self.owner.config.parts:
+                    handles.append(part.register_forward_hook(patch.unmerge))
         handles.append(block.register_forward_hook(patch.forget))
 
 
 class BlockPatch:
-    """Merges and unmerges around the parts of one block, by the plan made from the block's input."""
+    """Merges and unmerges around the parts of one block, by a plan made from the block's input."""
 
     def __init__(self, container: ContainerPatch, site: Site) -> None:
         self.container = container
         self.name = site.name
-        self.carrier = Argument(site.block, container.carrier.name) if container.carrier else None
-        self.layout: Layout | None = None
+        self.parts = container.owner.config.parts
+        self.x: Tensor | None = None
         self.map: TokenMap | None = None
 
-    def receive(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        assert self.carrier is not None
-        carried = dict(self.carrier.get(args, kwargs) or {})
-        self.layout = carried.pop(OWNER, None)
-        return self.carrier.put(args, kwargs, carried)
+    def keep_input(self, norm: nn.Module, args: Args) -> None:
+        # Not at the block itself: what CompVis' checkpointing recomputes begins after it.
+        self.x = args[0]
 
-    def plan(self, norm: nn.Module, args: Args) -> None:
-        x = args[0]
-        layout = self.container.last if self.carrier is None else self.layout
-        if layout is None or x.shape[1] != layout.grid.h * layout.grid.w:
-            seen = "no image" if layout is None else f"an image of {layout.grid.h} x {layout.grid.w}"
-            raise RuntimeError(
-                f"tomesd: {self.name} got {x.shape[1]} tokens, but was told of {seen}: call the whole "
-                "network, not a block of it"
-            )
-        self.map = self.container.owner.plan(x, layout)
-
-    def merge_attn1(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    def enter_attn1(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        layout = kwargs.get(OWNER, self.container.last)
+        kwargs = self._without_layout(kwargs)
+        self._plan(layout)
+        if "attn1" not in self.parts:
+            return args, kwargs
         hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", {})
         for cache in CACHES:
             if cache in hooks:
@@ -289,10 +280,13 @@ class BlockPatch:
                 )
         mask = kwargs.get("attention_mask")
         if mask is not None and kwargs.get("encoder_hidden_states") is None:
-            kwargs = {**kwargs, "attention_mask": self._merge_mask(mask)}
+            kwargs["attention_mask"] = self._merge_mask(mask)
         return self._merge(args), kwargs
 
-    def merge_attn2(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    def enter_attn2(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        kwargs = self._without_layout(kwargs)
+        if "attn2" not in self.parts:
+            return args, kwargs
         if kwargs.get("ip_adapter_masks") is not None:
             raise ValueError(
                 "tomesd: ip_adapter_masks belong to all tokens of the image and cannot be used with "
@@ -300,9 +294,10 @@ class BlockPatch:
             )
         return self._merge(args), kwargs
 
-    def merge_ff(self, ff: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        token_map = self._map
-        if not token_map.fits(args[0]) and not token_map.is_identity:
+    def enter_ff(self, ff: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if "ff" not in self.parts:
+            return args, kwargs
+        if not self._map.fits(args[0]) and not self._map.is_identity:
             raise ValueError(
                 f"tomesd: {self.name}.ff was given {list(args[0].shape[:2])} of the block's tokens: "
                 "merge_mlp=True and chunked feed-forward exclude each other, use one of them"
@@ -313,7 +308,7 @@ class BlockPatch:
         return output if self._map.is_identity else self._map.unmerge(output)
 
     def forget(self, block: nn.Module, args: Args, output: Any) -> None:
-        self.map = self.layout = None
+        self.x = self.map = None
 
     @property
     def _map(self) -> TokenMap:
@@ -323,6 +318,17 @@ class BlockPatch:
                 "remove_patch first"
             )
         return self.map
+
+    def _plan(self, layout: Layout | None) -> None:
+        x, self.x = self.x, None
+        if x is None or layout is None or x.shape[1] != layout.grid.h * layout.grid.w:
+            tokens = "no tokens" if x is None else f"{x.shape[1]} tokens"
+            seen = "no image" if layout is None else f"an image of {layout.grid.h} x {layout.grid.w}"
+            raise RuntimeError(
+                f"tomesd: {self.name} was given {tokens} and {seen}: call the whole network, not a part of "
+                "it, or remove_patch first"
+            )
+        self.map = self.container.owner.plan(x, layout)
 
     def _merge(self, args: Args) -> Args:
         return args if self._map.is_identity else (self._map.merge(args[0]), *args[1:])
@@ -337,6 +343,10 @@ class BlockPatch:
             )
         least = -token_map.merge(-mask.to(torch.float32).flatten(1), "amax")
         return least.to(mask.dtype).view(*mask.shape[:-1], token_map.groups)
+
+    @staticmethod
+    def _without_layout(kwargs: Kwargs) -> Kwargs:
+        return {name: value for name, value in kwargs.items() if name != OWNER}
 
 
 def _detach(network: nn.Module) -> bool:
