@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(MODEL), help="folder or hub id of a Stable Diffusion pipeline")
     parser.add_argument("--prompts", type=int, default=12, help="how many of the model's own names")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--size", type=int, help="pixels; the model's own if not given")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -91,7 +92,7 @@ def main() -> None:
     bar = tqdm(total=args.seeds * (1 + len(every) * len(args.ratios)), unit="batch")
     for seed in range(args.seeds):
         recorder = Recorder(pipe.unet)
-        plain = draw(pipe, prompts, seed, args.steps, args.guidance)
+        plain = draw(pipe, prompts, seed, args)
         recorder.handle.remove()
         bar.update()
         for name, (patch, remove) in every.items():
@@ -102,7 +103,7 @@ def main() -> None:
                         again = pipe.unet(*call_args, **call_kwargs)[0]
                         error = (again - output).flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)
                         errors.setdefault((name, ratio), []).extend(error.tolist())
-                merged = draw(pipe, prompts, seed, args.steps, args.guidance)
+                merged = draw(pipe, prompts, seed, args)
                 levels.setdefault((name, ratio), []).extend(psnr(merged, plain))
                 remove()
                 bar.update()

@@ -1,0 +1,519 @@
+"""Draw pictures with Stable Diffusion and merged tokens, or compare them with the plain model.
+
+    python examples/generate.py                                 # the small emoji model in this repository
+    python examples/generate.py "blue heart" "pizza" --compare  # plain beside merged, with times
+    python examples/generate.py "a cat" --model stable-diffusion-v1-5/stable-diffusion-v1-5 --size 768
+
+Pictures go to ``outputs/``.  A wrong option is told in one line, before anything slow begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib
+import inspect
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import textwrap
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+EMOJI_MODEL = Path(__file__).resolve().parent / "emoji-model"
+EMOJI_PROMPTS = ["red apple", "cat face", "blue heart", "pizza", "rocket", "sunflower"]
+EMOJI_STEPS, EMOJI_GUIDANCE = 20, 3.0
+OTHER_PROMPTS = ["a photo of an astronaut riding a horse on mars", "a watercolour of a harbour at sunrise"]
+AMPLIFY = 4  # of the differences in the sheet, which are faint otherwise
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class UserError(Exception):
+    """A mistake that one line explains; the program ends with exit code 2."""
+
+
+@dataclass
+class Run:
+    """The pictures and costs of one way of drawing, plain or merged."""
+
+    name: str
+    label: str
+    pictures: list[Image.Image] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    peaks: list[int | None] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def peak(self) -> int | None:
+        known = [p for p in self.peaks if p is not None]
+        return max(known) if known else None
+
+
+def size(text: str) -> tuple[int, int]:
+    """``512`` or ``768x512`` (width x height) as (width, height)."""
+    match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number such as 512 nor WxH such as 768x512")
+    width = int(match[1])
+    return width, int(match[2] or width)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description="Draw pictures with a Stable Diffusion pipeline, its similar tokens merged by tomesd.",
+        epilog="Without --model the small emoji model of this repository is used: it needs no network and "
+        "draws the things listed in examples/emoji-model/README.md.",
+    )
+    p.add_argument("prompts", nargs="*", metavar="prompt", help="what to draw; put each prompt in quotes")
+    p.add_argument("--model", help="folder or hub id of a diffusers pipeline (default: examples/emoji-model)")
+    p.add_argument(
+        "--ratio", type=float, default=0.5, help="share of tokens to merge, 0 for none (default: 0.5)"
+    )
+    p.add_argument("--compare", action="store_true", help="draw plain and merged side by side, with times")
+    p.add_argument("--size", type=size, help="N or WxH in pixels (default: the model's own size)")
+    p.add_argument("--steps", type=positive, help="denoising steps (default: 20, or the pipeline's own)")
+    p.add_argument("--guidance", type=float, help="guidance scale (default: 3, or the pipeline's own)")
+    p.add_argument("--seed", type=int, default=0, help="seed of every picture (default: 0)")
+    p.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: the best there is)"
+    )
+    p.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="default: fp16 on cuda, else fp32"
+    )
+    p.add_argument("--out", type=Path, default=Path("outputs"), help="folder for pictures (default: outputs)")
+    args = p.parse_args(argv)
+    args.shipped = args.model is None or Path(args.model).resolve() == EMOJI_MODEL
+    args.model = str(EMOJI_MODEL) if args.model is None else args.model
+    args.prompts = args.prompts or (EMOJI_PROMPTS if args.shipped else OTHER_PROMPTS)
+    return args
+
+
+def check_cheap(args: argparse.Namespace) -> None:
+    """Whatever can be known to be wrong before the slow imports."""
+    for prompt in args.prompts:
+        if not prompt.strip():
+            raise UserError("a prompt is empty")
+    if len(args.prompts) > 1 and not any(" " in p.strip() for p in args.prompts):
+        say(f"note: {len(args.prompts)} prompts of one word each; put a prompt of several words in quotes")
+    if args.size:
+        check_multiple(args.size, 8)
+    if args.guidance is not None and not (math.isfinite(args.guidance) and args.guidance >= 0):
+        raise UserError(f"--guidance has to be a number of at least 0, not {args.guidance}")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed has to be in 0..2^63-1, not {args.seed}")
+    check_model_folder(args.model)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {args.out} for the pictures: {error.strerror}") from None
+    if not os.access(args.out, os.W_OK):
+        raise UserError(f"cannot write into the folder {args.out}")
+
+
+def check_multiple(size: tuple[int, int], multiple: int) -> None:
+    for side in size:
+        if side % multiple or side == 0:
+            below = max(multiple, side // multiple * multiple)
+            near = dict.fromkeys((below, below + multiple))
+            advice = " or ".join(map(str, near))
+            raise UserError(
+                f"--size {size[0]}x{size[1]}: {side} is not a multiple of {multiple}; take {advice}"
+            )
+
+
+def check_model_folder(model: str) -> None:
+    path = Path(model).expanduser()
+    if path == EMOJI_MODEL and not path.exists():
+        raise UserError(f"the shipped model is missing from {path}; scripts/train_emoji.py trains it anew")
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise UserError(f"{path} is not a pipeline folder: it has no model_index.json")
+        try:
+            json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path / 'model_index.json'}: {error}") from None
+    elif path.is_file():
+        raise UserError(f"{path} is a file; --model wants the folder or hub id of a diffusers pipeline")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        raise UserError(f"there is no folder {path}, and {model!r} cannot be a hub id (owner/name)")
+
+
+def need(module: str) -> Any:
+    """Import, or say how to get what is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"cannot import {module} ({error}); run `bash scripts/generate.sh`, which sets everything up, or "
+            'pip install -e ".[diffusers]" in the repository'
+        ) from None
+
+
+def check_ratio(ratio: float) -> None:
+    """Let tomesd judge the ratio before a model is loaded."""
+    config = need("tomesd.config")
+    try:
+        config.MergeConfig(ratio=ratio)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+def pick_device(wanted: str) -> Any:
+    torch = need("torch")
+    if wanted == "auto":
+        mps = getattr(torch.backends, "mps", None)
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
+        )
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UserError(
+            f"--device {wanted}: there is no such device; cpu, cuda, cuda:1 and mps are some"
+        ) from None
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {wanted} cannot be used here: {first_line(error)}") from None
+    if device.type == "meta":
+        raise UserError("--device meta draws nothing")
+    return device
+
+
+def load_pipeline(args: argparse.Namespace, device: Any) -> Any:
+    """The pipeline, on its device and without anything that is not needed for drawing."""
+    torch, diffusers = need("torch"), need("diffusers")
+    local = Path(args.model).expanduser()
+    source = str(local) if local.is_dir() else args.model
+    name = ("float16" if device.type == "cuda" else "float32") if args.dtype == "auto" else DTYPES[args.dtype]
+    say(f"loading {source} on {device} as {name}")
+    # diffusers 0.42 calls torch_dtype old
+    keyword = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, **{keyword: getattr(torch, name)})
+    except Exception as error:
+        if local.is_dir():
+            raise UserError(f"{local} cannot be loaded as a pipeline: {first_line(error)}") from None
+        cause = first_line(error)
+        if "not fully cached" in str(error) or "onnect" in str(error):
+            cause = "cannot be reached, and it is not in the local cache"
+        raise UserError(
+            f"cannot get the model {args.model!r}: no such folder here, and from the Hugging "
+            f"Face Hub: {cause}. Check the name and the network, or leave --model out for the shipped model"
+        ) from None
+    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise UserError(f"{args.model} is a {type(pipe).__name__}, which draws nothing from a prompt")
+    return pipe.to(device)
+
+
+def check_pipeline_size(args: argparse.Namespace, pipe: Any) -> None:
+    """The size against what this pipeline's autoencoder and network need."""
+    if args.size:
+        check_multiple(args.size, math.lcm(8, int(getattr(pipe, "vae_scale_factor", 8))))
+
+
+def hint_unknown_things(args: argparse.Namespace) -> None:
+    """The shipped model knows a short list of things; say so when a prompt names none of them."""
+    names = EMOJI_MODEL / "names.txt"
+    if not args.shipped or not names.is_file():
+        return
+    known = names.read_text(encoding="utf-8").split("\n")
+    for prompt in args.prompts:
+        text = f" {' '.join(re.findall(r'[a-z]+', prompt.lower()))} "
+        if not any(name and f" {name} " in text for name in known):
+            say(f"note: the emoji model was not taught {prompt!r}; the things that it knows are in {names}")
+
+
+class Memory:
+    """Peak memory of one run: of the GPU's allocator, or of this process where Linux lets us measure it."""
+
+    def __init__(self, device: Any) -> None:
+        self.cuda = need("torch").cuda if device.type == "cuda" else None
+        self.device = device
+        self.what = "GPU memory" if self.cuda else "process memory"
+
+    def start(self) -> bool:
+        gc.collect()
+        if self.cuda:
+            self.cuda.empty_cache()
+            self.cuda.reset_peak_memory_stats(self.device)
+            return True
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # or one run would be billed for the leftovers of another
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak below
+        except (OSError, AttributeError):
+            return False
+        return True
+
+    def peak(self, started: bool) -> int | None:
+        if not started:
+            return None
+        if self.cuda:
+            return self.cuda.max_memory_allocated(self.device)
+        match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        return int(match[1]) * 1024 if match else None
+
+
+class Drawer:
+    """Draws with one pipeline, plain or merged."""
+
+    def __init__(self, args: argparse.Namespace, pipe: Any, device: Any) -> None:
+        self.args, self.pipe, self.device = args, pipe, device
+        self.torch, self.tomesd = need("torch"), need("tomesd")
+        self.memory = Memory(device)
+        self.options: dict[str, Any] = {}
+        if args.size:
+            self.options.update(width=args.size[0], height=args.size[1])
+        accepted = inspect.signature(pipe.__call__).parameters
+        if "guidance_scale" in accepted and (args.guidance is not None or args.shipped):
+            self.options["guidance_scale"] = EMOJI_GUIDANCE if args.guidance is None else args.guidance
+        if args.steps or args.shipped:
+            self.options["num_inference_steps"] = args.steps or EMOJI_STEPS
+
+    def patch(self, merged: bool) -> None:
+        if not merged:
+            self.tomesd.remove_patch(self.pipe)
+            return
+        try:
+            self.tomesd.apply_patch(self.pipe, ratio=self.args.ratio)
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from None
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            self.torch.cuda.synchronize(self.device)
+
+    def draw(self, prompt: str, label: str, **options: Any) -> Image.Image:
+        self.pipe.set_progress_bar_config(desc=f"{label}: {prompt[:40]}", leave=True)
+        generator = self.torch.Generator().manual_seed(self.args.seed)
+        result = self.pipe(prompt=prompt, generator=generator, **{**self.options, **options})
+        return result.images[0]
+
+    def timed(self, prompt: str, run: Run) -> None:
+        started = self.memory.start()
+        self.synchronize()
+        begin = time.perf_counter()
+        picture = self.draw(prompt, run.label)
+        self.synchronize()
+        run.seconds.append(time.perf_counter() - begin)
+        run.peaks.append(self.memory.peak(started))
+        run.pictures.append(picture)
+
+
+def draw_all(drawer: Drawer, merged: bool) -> Run:
+    """Every prompt once, in one way."""
+    run = Run("merged" if merged else "plain", f"merged {drawer.args.ratio:.0%}" if merged else "plain")
+    drawer.patch(merged)
+    for prompt in drawer.args.prompts:
+        drawer.timed(prompt, run)
+    return run
+
+
+def compare(drawer: Drawer) -> tuple[Run, Run]:
+    """Every prompt plain and merged from the same seed, in turns, so that both meet the same machine."""
+    plain, merged = Run("plain", "plain"), Run("merged", f"merged {drawer.args.ratio:.0%}")
+    for run in (merged, plain):  # merged first: should this model have nothing to merge, we hear of it now
+        drawer.patch(run is merged)
+        drawer.draw(drawer.args.prompts[0], f"warm-up, {run.label}", num_inference_steps=2)
+    for i, prompt in enumerate(drawer.args.prompts):
+        for run in (plain, merged) if i % 2 == 0 else (merged, plain):
+            drawer.patch(run is merged)
+            drawer.timed(prompt, run)
+    return plain, merged
+
+
+def differences(a: Image.Image, b: Image.Image) -> tuple[float, float]:
+    """Mean absolute difference (of 255) and PSNR in dB, infinite for the same picture."""
+    np = need("numpy")
+    x, y = (np.asarray(p.convert("RGB"), dtype=np.float64) for p in (a, b))
+    mse = float(np.square(x - y).mean())
+    return float(np.abs(x - y).mean()), 10 * math.log10(255**2 / mse) if mse else math.inf
+
+
+def slug(prompt: str) -> str:
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-_")[:60].rstrip("-") or "picture"
+
+
+def save(args: argparse.Namespace, run: Run) -> None:
+    """Write the pictures and say where."""
+    taken: set[str] = set()
+    for prompt, picture in zip(args.prompts, run.pictures, strict=True):
+        stem = base = slug(prompt)
+        n = 1
+        while stem in taken:  # prompts that differ in punctuation only
+            n += 1
+            stem = f"{base}-{n}"
+        taken.add(stem)
+        write(picture, args.out / f"{stem}-{args.seed}-{run.name}.png")
+
+
+def write(picture: Image.Image, path: Path) -> None:
+    there = path.exists()
+    try:
+        picture.save(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    print(f"{path}{' (replaced)' if there else ''}")
+
+
+def human(size: int | None) -> str:
+    return "not measured" if size is None else f"{size / 2**30:.2f} GiB"
+
+
+def psnr_text(psnr: float) -> str:
+    return "the same" if math.isinf(psnr) else f"{psnr:.1f} dB"
+
+
+def summary(drawer: Drawer, plain: Run, merged: Run) -> str:
+    pairs = [differences(a, b) for a, b in zip(plain.pictures, merged.pictures, strict=True)]
+    width, height = plain.pictures[0].size
+    gain = plain.median / merged.median
+    mean, psnr = statistics.mean(d for d, _ in pairs), statistics.median(p for _, p in pairs)
+    lines = [
+        f"{width}x{height} pixels, ratio {drawer.args.ratio:g}, seed {drawer.args.seed}, on {drawer.device}; "
+        f"median of {len(pairs)} prompt(s)",
+        f"{'':12} {'seconds':>8}   peak {drawer.memory.what}",
+        *(f"{r.label:12} {r.median:8.2f}   {human(r.peak)}" for r in (plain, merged)),
+        f"merged is {gain:.2f} times as fast; mean difference {mean:.1f} of 255, PSNR {psnr_text(psnr)}",
+    ]
+    if gain < 1.02:
+        lines.append(
+            "(little to gain here: merging pays where attention is slow, with large models and pictures)"
+        )
+    return "\n".join(lines)
+
+
+def sheet(args: argparse.Namespace, plain: Run, merged: Run, title: str) -> Image.Image:
+    """Plain over merged over their difference, one column per prompt."""
+    image, draw, fonts = (need(f"PIL.{m}") for m in ("Image", "ImageDraw", "ImageFont"))
+    font = fonts.load_default(size=15)
+    width, height = plain.pictures[0].size
+    scale = max(1, round(192 / width))
+    cell_w, cell_h = max(width * scale, 190), height * scale
+    pad, text, left = 10, 24, 120
+    lines = title.split("\n")[0:1] + [
+        f"{r.label}: {r.median:.2f} s, {human(r.peak)}" for r in (plain, merged)
+    ]
+    top = pad + text * len(lines) + pad
+    pen = draw.Draw(image.new("RGB", (1, 1)))
+    canvas_w = left + len(args.prompts) * (cell_w + pad)
+    canvas_w = max(canvas_w, *(2 * pad + math.ceil(pen.textlength(line, font=font)) for line in lines))
+    canvas = image.new("RGB", (canvas_w, top + text + 3 * (cell_h + text + pad)), "white")
+    pen = draw.Draw(canvas)
+    for i, line in enumerate(lines):
+        pen.text((pad, pad + i * text), line, fill="black", font=font)
+    for row, name in enumerate((plain.label, merged.label, f"difference x{AMPLIFY}")):
+        pen.text((pad, top + text + row * (cell_h + text + pad) + cell_h // 2), name, fill="black", font=font)
+    for i, prompt in enumerate(args.prompts):
+        x = left + i * (cell_w + pad)
+        pen.text((x, top), fit(pen, prompt, font, cell_w), fill="black", font=font)
+        pair = [r.pictures[i].convert("RGB") for r in (plain, merged)]
+        mean, psnr = differences(*pair)
+        rows = (
+            (pair[0], f"{plain.seconds[i]:.2f} s"),
+            (pair[1], f"{merged.seconds[i]:.2f} s"),
+            (amplified(*pair), f"mean {mean:.1f} of 255, {psnr_text(psnr)}"),
+        )
+        for row, (picture, caption) in enumerate(rows):
+            y = top + text + row * (cell_h + text + pad)
+            canvas.paste(picture.resize((width * scale, cell_h), image.Resampling.NEAREST), (x, y))
+            pen.rectangle((x, y, x + width * scale - 1, y + cell_h - 1), outline="#cccccc")
+            pen.text((x, y + cell_h + 2), caption, fill="#555555", font=font)
+    return canvas
+
+
+def amplified(a: Image.Image, b: Image.Image) -> Image.Image:
+    """The difference of two pictures on white, times AMPLIFY."""
+    chops = need("PIL.ImageChops")
+    return chops.invert(chops.difference(a, b).point(lambda value: min(255, AMPLIFY * value)))
+
+
+def fit(pen: Any, text: str, font: Any, width: int) -> str:
+    """The text, cut to a width in pixels."""
+    if pen.textlength(text, font=font) <= width:
+        return text
+    while text and pen.textlength(text + "...", font=font) > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr, results to stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short: its first line, or the first sentences of a long one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return textwrap.shorten(lines[0], 160, placeholder=" ...").rstrip(".") if lines else type(error).__name__
+
+
+def out_of_memory(error: BaseException) -> bool:
+    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return named or "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def run(args: argparse.Namespace) -> None:
+    check_cheap(args)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints concern parts that we do not use
+    check_ratio(args.ratio)
+    need("PIL.Image")
+    device = pick_device(args.device)
+    hint_unknown_things(args)
+    pipe = load_pipeline(args, device)
+    check_pipeline_size(args, pipe)
+    drawer = Drawer(args, pipe, device)
+    if not args.compare:
+        drawn = draw_all(drawer, merged=args.ratio > 0)
+        save(args, drawn)
+        print(f"{len(drawn.pictures)} picture(s), {drawn.median:.2f} s each (median)")
+        return
+    plain, merged = compare(drawer)
+    for result in (plain, merged):
+        save(args, result)
+    text = summary(drawer, plain, merged)
+    write(sheet(args, plain, merged, text), args.out / f"compare-{slug(args.prompts[0])}-{args.seed}.png")
+    print(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        run(args)
+    except UserError as error:
+        say(f"generate.py: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        say(
+            "generate.py: error: out of memory; try a higher --ratio (up to 0.75), a smaller --size, "
+            "--dtype fp16 on a GPU, or in your own code pipe.vae.enable_tiling()"
+        )
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The main job, on the trained pipeline that the repository ships."""
+
+import generate
+import numpy as np
+import pytest
+from PIL import Image
+
+import tomesd
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"), dtype=float)
+
+
+def test_compare_draws_what_it_is_asked_for_plain_and_merged(tmp_path, capsys):
+    assert generate.main(["red apple", "blue heart", "--compare", "--seed", "3", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "peak process memory" in printed
+    assert "times as fast" in printed
+    for kind in ("plain", "merged"):
+        for name, channel in (("red-apple", 0), ("blue-heart", 2)):
+            picture = pixels(tmp_path / f"{name}-3-{kind}.png")
+            assert picture.shape == (64, 64, 3)
+            assert picture[:3].mean() > 235  # on white
+            middle = picture[28:40, 24:40].mean((0, 1))
+            assert middle.argmax() == channel
+            assert middle[channel] > 2 * np.delete(middle, channel).mean()
+    difference = pixels(tmp_path / "red-apple-3-plain.png") - pixels(tmp_path / "red-apple-3-merged.png")
+    assert 0 < np.abs(difference).mean() < 5
+    assert (tmp_path / "compare-red-apple-3.png").stat().st_size > 10_000
+
+
+def test_one_picture_merged_and_repeated(tmp_path, capsys):
+    for folder in ("a", "b"):
+        call = ["pizza", "--ratio", "0.25", "--steps", "3", "--out", str(tmp_path / folder)]
+        assert generate.main(call) == 0
+    assert str(tmp_path / "b" / "pizza-0-merged.png") in capsys.readouterr().out
+    assert np.array_equal(*(pixels(tmp_path / folder / "pizza-0-merged.png") for folder in ("a", "b")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ratio", "0.9"], "ratio 0.9 is above 0.75"),
+        (["--ratio", "-1"], "ratio must be in [0, 1)"),
+        (["--size", "60"], "60 is not a multiple of 8; take 56 or 64"),
+        (["--model", "/nowhere/at/all"], "there is no folder /nowhere/at/all"),
+        (["--model", "tests"], "tests is not a pipeline folder: it has no model_index.json"),
+        (["--model", "nobody/nothing"], "cannot get the model 'nobody/nothing'"),
+        (["--device", "abacus"], "--device abacus: there is no such device"),
+        ([" "], "a prompt is empty"),
+        (["--guidance", "-2"], "--guidance has to be a number of at least 0"),
+        (["--seed", "-5"], "--seed has to be in 0..2^63-1"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(generate.EMOJI_MODEL.parent.parent)
+    assert generate.main([*arguments, "--out", str(tmp_path)]) == 2
+    last = capsys.readouterr().err.strip().split("\n")[-1]
+    assert last.startswith("generate.py: error: ")
+    assert says in last
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_shipped_model_is_explained():
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(generate.EMOJI_MODEL)
+    tomesd.apply_patch(pipe)
+    table = tomesd.explain(pipe)
+    assert (table.height, table.width) == (64, 64)
+    assert [(row.before, row.after) for row in table.rows if row.left_alone is None] == [(256, 128)] * 3
