@@ -5,8 +5,8 @@
 
 Compared in one run, interleaved: plain (fused attention on all tokens), ideal (tokens cut by slicing and
 given back by repetition, no matching at all), ours with each kind of matching, and tomesd 0.1.3; at block
-level also with a plan made before. A figure is the share of the ideal saving that a way takes, (plain - way) /
-(plain - ideal), of the medians and of the minima; on a busy machine trust the minima.
+level also with a plan made before. A figure is the share of the ideal saving that a way takes,
+(plain - way) / (plain - ideal), of the medians and of the minima; on a busy machine trust the minima.
 """
 
 from __future__ import annotations

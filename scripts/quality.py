@@ -55,12 +55,12 @@ class Recorder:
 
 
 def draw(
-    pipe: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int, guidance: float
+    pipe: StableDiffusionPipeline, prompts: list[str], seed: int, args: argparse.Namespace
 ) -> np.ndarray:
     """Pictures `[B, H, W, 3]` in 0..1; each prompt starts from its own noise."""
     generators = [torch.Generator().manual_seed(seed * 1000 + i) for i in range(len(prompts))]
-    call = dict(num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np")
-    return pipe(prompts, **call).images
+    call = dict(num_inference_steps=args.steps, guidance_scale=args.guidance, generator=generators)
+    return pipe(prompts, height=args.size, width=args.size, output_type="np", **call).images
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> list[float]:
