@@ -5,7 +5,10 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "tomesd/__init__.py").read_text(encoding="utf-8"))[1]
-diffusers = ["diffusers>=0.30", "transformers>=4.40", "accelerate>=0.30", "safetensors>=0.4", "pillow"]
+diffusers = [
+    *("diffusers>=0.30", "transformers>=4.40", "accelerate>=0.30", "safetensors>=0.4"),
+    *("pillow", "matplotlib"),  # for examples/generate.py
+]
 
 setup(
     name="tomesd",
@@ -29,9 +32,8 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
-            # scripts/train_emoji.py and the pictures of the docs
+            # for scripts/
             "fonttools",
-            "matplotlib",
             "tqdm",
             # what CompVis' ldm imports; the tests run against it
             "einops",

@@ -22,6 +22,7 @@ import statistics
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -362,13 +363,14 @@ def save(args: argparse.Namespace, run: Run) -> None:
             n += 1
             stem = f"{base}-{n}"
         taken.add(stem)
-        write(picture, args.out / f"{stem}-{args.seed}-{run.name}.png")
+        write(picture.save, args.out / f"{stem}-{args.seed}-{run.name}.png")
 
 
-def write(picture: Image.Image, path: Path) -> None:
+def write(save: Callable[[Path], object], path: Path) -> None:
+    """Save under a path and print it."""
     there = path.exists()
     try:
-        picture.save(path)
+        save(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
     print(f"{path}{' (replaced)' if there else ''}")
@@ -401,58 +403,40 @@ def summary(drawer: Drawer, plain: Run, merged: Run) -> str:
     return "\n".join(lines)
 
 
-def sheet(args: argparse.Namespace, plain: Run, merged: Run, title: str) -> Image.Image:
-    """Plain over merged over their difference, one column per prompt."""
-    image, draw, fonts = (need(f"PIL.{m}") for m in ("Image", "ImageDraw", "ImageFont"))
-    font = fonts.load_default(size=15)
-    width, height = plain.pictures[0].size
-    scale = max(1, round(192 / width))
-    cell_w, cell_h = max(width * scale, 190), height * scale
-    pad, text, left = 10, 24, 120
-    lines = title.split("\n")[0:1] + [
-        f"{r.label}: {r.median:.2f} s, {human(r.peak)}" for r in (plain, merged)
-    ]
-    top = pad + text * len(lines) + pad
-    pen = draw.Draw(image.new("RGB", (1, 1)))
-    canvas_w = left + len(args.prompts) * (cell_w + pad)
-    canvas_w = max(canvas_w, *(2 * pad + math.ceil(pen.textlength(line, font=font)) for line in lines))
-    canvas = image.new("RGB", (canvas_w, top + text + 3 * (cell_h + text + pad)), "white")
-    pen = draw.Draw(canvas)
-    for i, line in enumerate(lines):
-        pen.text((pad, pad + i * text), line, fill="black", font=font)
+def sheet(args: argparse.Namespace, plain: Run, merged: Run, title: str) -> Any:
+    """Plain over merged over their difference, one column per prompt, as a matplotlib figure."""
+    inches = max(2.0, plain.pictures[0].width / 100)  # at 100 dpi no picture is shown smaller than it is
+    columns = len(args.prompts)
+    size = (columns * inches + 0.5, 3 * inches + 1.7)
+    figure = need("matplotlib.figure").Figure(figsize=size, dpi=100, layout="constrained")
+    axes = figure.subplots(3, columns, squeeze=False)
+    costs = [f"{run.label}: {run.median:.2f} s, {human(run.peak)}" for run in (plain, merged)]
+    heading = "; ".join([title.split("\n")[0], *costs])
+    figure.suptitle("\n".join(textwrap.wrap(heading, width=round(13 * size[0]))), fontsize=9)
     for row, name in enumerate((plain.label, merged.label, f"difference x{AMPLIFY}")):
-        pen.text((pad, top + text + row * (cell_h + text + pad) + cell_h // 2), name, fill="black", font=font)
-    for i, prompt in enumerate(args.prompts):
-        x = left + i * (cell_w + pad)
-        pen.text((x, top), fit(pen, prompt, font, cell_w), fill="black", font=font)
-        pair = [r.pictures[i].convert("RGB") for r in (plain, merged)]
+        axes[row, 0].set_ylabel(name)
+    for column, prompt in enumerate(args.prompts):
+        axes[0, column].set_title(
+            textwrap.shorten(prompt, round(14 * inches), placeholder=" ..."), fontsize=10
+        )
+        pair = [run.pictures[column].convert("RGB") for run in (plain, merged)]
         mean, psnr = differences(*pair)
-        rows = (
-            (pair[0], f"{plain.seconds[i]:.2f} s"),
-            (pair[1], f"{merged.seconds[i]:.2f} s"),
+        cells = (
+            (pair[0], f"{plain.seconds[column]:.2f} s"),
+            (pair[1], f"{merged.seconds[column]:.2f} s"),
             (amplified(*pair), f"mean {mean:.1f} of 255, {psnr_text(psnr)}"),
         )
-        for row, (picture, caption) in enumerate(rows):
-            y = top + text + row * (cell_h + text + pad)
-            canvas.paste(picture.resize((width * scale, cell_h), image.Resampling.NEAREST), (x, y))
-            pen.rectangle((x, y, x + width * scale - 1, y + cell_h - 1), outline="#cccccc")
-            pen.text((x, y + cell_h + 2), caption, fill="#555555", font=font)
-    return canvas
+        for row, (picture, caption) in enumerate(cells):
+            axes[row, column].imshow(picture, interpolation="nearest")
+            axes[row, column].set(xticks=[], yticks=[])
+            axes[row, column].set_xlabel(caption, fontsize=9)
+    return figure
 
 
 def amplified(a: Image.Image, b: Image.Image) -> Image.Image:
     """The difference of two pictures on white, times AMPLIFY."""
     chops = need("PIL.ImageChops")
     return chops.invert(chops.difference(a, b).point(lambda value: min(255, AMPLIFY * value)))
-
-
-def fit(pen: Any, text: str, font: Any, width: int) -> str:
-    """The text, cut to a width in pixels."""
-    if pen.textlength(text, font=font) <= width:
-        return text
-    while text and pen.textlength(text + "...", font=font) > width:
-        text = text[:-1]
-    return text + "..."
 
 
 def say(line: str) -> None:
@@ -476,6 +460,8 @@ def run(args: argparse.Namespace) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints concern parts that we do not use
     check_ratio(args.ratio)
     need("PIL.Image")
+    if args.compare:
+        need("matplotlib.figure")
     device = pick_device(args.device)
     hint_unknown_things(args)
     pipe = load_pipeline(args, device)
@@ -490,7 +476,10 @@ def run(args: argparse.Namespace) -> None:
     for result in (plain, merged):
         save(args, result)
     text = summary(drawer, plain, merged)
-    write(sheet(args, plain, merged, text), args.out / f"compare-{slug(args.prompts[0])}-{args.seed}.png")
+    write(
+        sheet(args, plain, merged, text).savefig,
+        args.out / f"compare-{slug(args.prompts[0])}-{args.seed}.png",
+    )
     print(text)
 
 

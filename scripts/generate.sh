@@ -4,6 +4,6 @@
 #   bash scripts/generate.sh "red apple" "blue heart"     any arguments of examples/generate.py
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-need diffusers tomesd torch diffusers transformers accelerate safetensors PIL
+need diffusers tomesd torch diffusers transformers accelerate safetensors PIL matplotlib
 (($#)) || set -- --compare
 exec python "$root/examples/generate.py" "$@"

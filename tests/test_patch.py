@@ -106,6 +106,7 @@ def test_patched_is_undone_even_after_an_error():
         (dict(ratio=0.8), ValueError, r"ratio 0.8 is above 0.75, .* 2 x 2 cell"),
         (dict(ratio=0.6, sx=2, sy=1), ValueError, r"above 0.5"),
         (dict(ratio="0.5"), TypeError, r"ratio must be a number, got '0.5' \(str\)"),
+        (dict(ratio=[0.0] * 1000), TypeError, r"ratio must be a number, got \[0.0, .*\.\.\.\] \(list\)"),
         (dict(ratio=True), TypeError, r"ratio must be a number, got True"),
         (dict(sx=0), ValueError, r"sx must be at least 1, got 0"),
         (dict(sy=2.0), TypeError, r"sy must be an integer, got 2.0 \(float\)"),

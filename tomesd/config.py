@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -75,5 +76,5 @@ class MergeConfig:
         value: Any = getattr(self, name)
         # A bool is an integer to Python, but ratio=True is a slip.
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise TypeError(f"{name} must be {words}, got {value!r} ({type(value).__name__})")
+            raise TypeError(f"{name} must be {words}, got {reprlib.repr(value)} ({type(value).__name__})")
         object.__setattr__(self, name, kind(value))
