@@ -178,10 +178,11 @@ class TokenMap:
 
     def _mean_weights(self, batch: int, size: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What each token contributes to its group's mean, `[B, N]`, summing to 1 over each group."""
+        precise = torch.promote_types(dtype, torch.float32)
         if size is None:
-            weight = self.sizes.reciprocal().gather(1, self.index).expand(batch, -1)
+            weight = self.sizes.to(precise).reciprocal().gather(1, self.index).expand(batch, -1)
         else:
-            size = size.to(torch.promote_types(size.dtype, torch.float32))
+            size = size.to(precise)
             weight = size / self.unmerge(self._scatter(size, "sum"))
         return weight.to(dtype)
 
@@ -194,19 +195,21 @@ class TokenMap:
         if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
             # embedding_bag has no second derivative.
             rows = table if weight is None else table * weight.reshape(-1, 1)
-            return (
-                rows.new_zeros(x.shape[0] * self.groups, rows.shape[1]).index_add(0, flat, rows).view(shape)
-            )
+            out = rows.new_zeros(x.shape[0] * self.groups, rows.shape[1])
+            return out.index_add(0, flat, rows).view(shape)
         # embedding_bag over rows sorted by group takes a half of index_add's time on CPU, a third to a fifth
         # of scatter_reduce's, and sums in float32.
         order = flat.sort(stable=True).indices
         count = torch.zeros(x.shape[0] * self.groups, dtype=torch.int64, device=x.device)
         count = count.scatter_add(0, flat, torch.ones_like(flat))
-        weights = None if weight is None else weight.reshape(-1)[order]
-        offsets = count.cumsum(0) - count
-        return F.embedding_bag(order, table, offsets=offsets, mode="sum", per_sample_weights=weights).view(
-            shape
+        out = F.embedding_bag(
+            order,
+            table,
+            offsets=count.cumsum(0) - count,
+            mode="sum",
+            per_sample_weights=None if weight is None else weight.reshape(-1)[order],
         )
+        return out.view(shape)
 
     def _scatter(self, x: Tensor, reduce: str) -> Tensor:
         index = _align(self.index, x).expand_as(x)
