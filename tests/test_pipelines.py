@@ -1,10 +1,13 @@
 """apply_patch on whole diffusers pipelines, and beside everything else that people put on them."""
 
+from types import SimpleNamespace
+
 import diffusers as D
 import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers.models import attention_processor
 from diffusers.models.attention_processor import AttnProcessor, XFormersAttnProcessor
 from PIL import Image
 
@@ -233,16 +236,16 @@ def test_a_custom_processor_sees_merged_tokens():
 
 
 def test_xformers_processor(monkeypatch):
-    xformers = pytest.importorskip("xformers.ops")
     seen = []
 
     def attention(query, key, value, attn_bias=None, op=None, scale=None):
-        # Its kernels run on GPUs only: the same function in plain torch, so that its processor runs here.
+        # xformers' kernels run on GPUs only; the same function in plain torch lets its processor run here.
         seen.append((query.shape[1], key.shape[1]))
         scores = query @ key.mT * (scale or query.shape[-1] ** -0.5)
         return (scores if attn_bias is None else scores + attn_bias).softmax(-1) @ value
 
-    monkeypatch.setattr(xformers, "memory_efficient_attention", attention)
+    module = SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=attention))
+    monkeypatch.setattr(attention_processor, "xformers", module)
     pipe = tiny.sd()
     tomesd.apply_patch(pipe)
     merged = tiny.generate(pipe)
