@@ -105,7 +105,7 @@ def _rows(prefix: str, network: nn.Module, family: Family, h: int, w: int) -> li
     for site in sites:
         grid_h, grid_w = (-(-side // site.downsample) for side in (h, w))
         before = after = grid_h * grid_w
-        reason = "not patched"
+        reason: str | None = "not patched"
         flops = whole = _flops(site.block, before, before, ())
         if owner is not None:
             config = owner.config
@@ -135,7 +135,7 @@ def _flops(block: nn.Module, before: int, after: int, merged: tuple[str, ...]) -
         total += 2 * n * (_parameters(attn.to_q) + _parameters(attn.to_out))
         total += 2 * keys * (_parameters(attn.to_k) + _parameters(attn.to_v))
         total += 4 * n * keys * attn.to_q.out_features
-    return total + 2 * (after if "ff" in merged else before) * _parameters(block.ff)
+    return total + 2 * (after if "ff" in merged else before) * _parameters(block.get_submodule("ff"))
 
 
 def _parameters(module: nn.Module) -> int:

@@ -115,7 +115,7 @@ def find_networks(model: object) -> list[tuple[str, nn.Module, Family]]:
     if not isinstance(model, nn.Module) and not hasattr(model, "__dict__"):
         given = repr(model) if isinstance(model, (str, int, float, type(None))) else "one"
         raise TypeError(f"expected a pipeline or a torch module, got {given} ({type(model).__name__})")
-    found = {}
+    found: dict[int, tuple[str, nn.Module, Family]] = {}
     parts = list(_parts(model))
     for prefix, part in parts:
         for name, module in part.named_modules(prefix=prefix):

@@ -241,7 +241,7 @@ class ContainerPatch:
         patch = BlockPatch(self, site)
         hooks = {"attn1": patch.enter_attn1, "attn2": patch.enter_attn2, "ff": patch.enter_ff}
         handles, block = self.owner.handles, site.block
-        handles.append(block.norm1.register_forward_pre_hook(patch.keep_input))
+        handles.append(block.get_submodule("norm1").register_forward_pre_hook(patch.keep_input))
         for name, enter in hooks.items():
             part = getattr(block, name, None)
             if part is not None:
