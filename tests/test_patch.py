@@ -13,12 +13,6 @@ from torch import nn
 
 import tomesd
 
-SMALL = dict(
-    block_out_channels=(16, 32),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-)
-
 
 @pytest.fixture(autouse=True)
 def _no_grad():
@@ -119,7 +113,7 @@ def test_patched_is_undone_even_after_an_error():
     ],
 )
 def test_bad_options_are_named_before_anything_is_touched(options, error, says):
-    unet, call = tiny.unet(**SMALL), tiny.CASES["sd"]
+    unet, call = tiny.small_unet(), tiny.CASES["sd"]
     tomesd.apply_patch(unet, 0.25)
     merged = call(unet)
     with pytest.raises(error, match=says):
@@ -175,7 +169,7 @@ def test_nothing_to_merge_is_an_error():
 
 
 def test_blocks_and_parts_called_alone_say_so():
-    unet = tiny.unet(**SMALL)
+    unet = tiny.small_unet()
     tomesd.apply_patch(unet)
     container = unet.down_blocks[0].attentions[0]
     block = container.transformer_blocks[0]
@@ -199,7 +193,7 @@ def test_every_network_of_a_pipeline_must_have_something_to_merge():
 
 
 def test_blocks_of_other_makes_are_left_alone_and_explained():
-    unet = tiny.unet(**SMALL)
+    unet = tiny.small_unet()
     del unet.down_blocks[0].attentions[0].transformer_blocks[0].norm1
     tomesd.apply_patch(unet)
     reasons = {row.name: row.left_alone for row in tomesd.explain(unet).rows}
@@ -233,7 +227,7 @@ def test_explain_counts_what_the_sites_really_see():
 def test_explain_estimates_the_flops_that_torch_counts(config):
     from torch.utils.flop_counter import FlopCounterMode
 
-    unet = tiny.unet(**SMALL, **config)
+    unet = tiny.small_unet(**config)
     unet.set_attn_processor(AttnProcessor())  # torch does not count its fused attention on CPU
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     x, text = torch.randn(1, 256, 16), torch.randn(1, 77, tiny.TEXT)

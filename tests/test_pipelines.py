@@ -216,6 +216,11 @@ def test_forward_chunking_and_merge_mlp_exclude_each_other():
     chunk_feed_forward(unet, 4)
     with pytest.raises(ValueError, match=r"merge_mlp=True and chunked feed-forward exclude each other"):
         tiny.CASES["sd"](unet)
+    tomesd.apply_patch(unet, ratio=0, merge_mlp=True)
+    chunked = tiny.CASES["sd"](unet)
+    tomesd.remove_patch(unet)
+    assert torch.equal(tiny.CASES["sd"](unet), chunked)
+    tomesd.apply_patch(unet, merge_mlp=True)
     chunk_feed_forward(unet, None)
     assert torch.isfinite(tiny.CASES["sd"](unet)).all()
 
@@ -271,12 +276,7 @@ def test_caches_of_self_attention_are_refused():
 
 
 def test_self_attention_masks_are_merged():
-    unet = tiny.unet(
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        mid_block_type=None,
-    )
+    unet = tiny.small_unet(mid_block_type=None)
     x, text = tiny.inputs(16, 16, 2)
     t = torch.tensor(500)
     tomesd.apply_patch(unet)
@@ -377,11 +377,7 @@ def test_guidance_halves_may_be_called_apart():
 
 
 def test_numbers_as_timesteps_and_other_sizes_compile():
-    unet = tiny.unet(
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    unet = tiny.small_unet()
     tomesd.apply_patch(unet, np.float32(0.5), sx=np.int64(2))
     compiled = torch.compile(unet, backend="eager", fullgraph=True)
     for h, w, t in ((16, 16, 500.0), (16, 16, 400.5), (16, 24, 300.25), (24, 16, 7)):
@@ -392,11 +388,7 @@ def test_numbers_as_timesteps_and_other_sizes_compile():
 
 @pytest.mark.parametrize("way", ["wrapper", "in place", "blocks"])
 def test_patching_after_compiling(way):
-    unet = tiny.unet(
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    unet = tiny.small_unet()
     call = tiny.CASES["sd"]
     plain = call(unet)
     tomesd.apply_patch(unet)

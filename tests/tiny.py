@@ -31,6 +31,16 @@ def unet(**changes) -> D.UNet2DConditionModel:
     return D.UNet2DConditionModel(**{**config, **changes}).eval()
 
 
+def small_unet(**changes) -> D.UNet2DConditionModel:
+    """Two levels, attention at the finest and in the middle: for what needs no more."""
+    config = dict(
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    return unet(**{**config, **changes})
+
+
 def sdxl_unet(**changes) -> D.UNet2DConditionModel:
     """SDXL's topology: none at downsample 1, several blocks for each transformer, linear projections."""
     config = dict(

@@ -87,8 +87,10 @@ def explain(model: object, height: int | None = None, width: int | None = None) 
     networks = find_networks(model)
     scale = getattr(model, "vae_scale_factor", 8)
     native = _native_size(networks[0][1])
-    height = height if height is not None else native[0] * scale
-    width = width if width is not None else (height if height != native[0] * scale else native[1] * scale)
+    if width is None:
+        width = native[1] * scale if height is None else height
+    if height is None:
+        height = native[0] * scale
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, Integral) or isinstance(side, bool) or side < scale:
             raise ValueError(f"{name} must be an integer of at least {scale} pixels, got {side!r}")
@@ -111,8 +113,7 @@ def _rows(prefix: str, network: nn.Module, family: Family, h: int, w: int) -> li
             config = owner.config
             reason = left_alone(site, sites, config)
             if reason is None:
-                grid = Grid(grid_h, grid_w, config.sy, config.sx)
-                after = before - min(int(config.ratio * before), grid.max_r)
+                after = before - Grid(grid_h, grid_w, config.sy, config.sx).r(config.ratio)
                 flops = _flops(site.block, before, after, config.parts)
         name = f"{prefix}.{site.name}" if prefix else site.name
         rows.append(Row(name, site.downsample, before, after, whole, 1 - flops / whole, reason))

@@ -51,7 +51,7 @@ def match_windowed(metric: Tensor, grid: Grid, dst: Tensor, r: int, window: int 
         grid: the image.
         dst: position of each cell's dst, int64 `[1 or B, cells]`.
         r: how many tokens leave, at most `grid.max_r`.
-        window: side of a window in tokens; one that the image does not fill is moved inwards.
+        window: side of a window in tokens, at most; windows are as even as the image allows.
     """
     b, n, _ = metric.shape
     dst = dst.expand(b, -1)
@@ -115,7 +115,7 @@ class _Axis:
 
     def __init__(self, length: int, stride: int, cells: int, window: int, device: torch.device) -> None:
         windows = -(-cells // max(1, window // stride))
-        span = -(-cells // windows)  # as even as can be: they overlap by less than one cell each
+        span = -(-cells // windows)  # as even as can be, so that the last one overlaps little
         first = torch.arange(windows, device=device) * span
         self.starts = first.clamp_max(cells - span)
         self.cells = self.starts[:, None] + torch.arange(span, device=device)

@@ -86,6 +86,10 @@ class Grid:
         """Number of src tokens: the most that can leave."""
         return self.h * self.w - self.cells
 
+    def r(self, ratio: float) -> int:
+        """How many tokens leave when a share `ratio` of them is to: never more than there are src."""
+        return min(int(ratio * self.h * self.w), self.max_r)
+
     def dst(self, offset: Tensor) -> Tensor:
         """Position of each cell's dst, given its `offset` in `[0, sy * sx)` within the cell: `[b, cells]`."""
         y = torch.arange(self.rows, device=offset.device)[:, None] * self.sy

@@ -206,7 +206,7 @@ class NetworkPatch:
     def plan(self, x: Tensor, layout: Layout) -> TokenMap:
         """Which of the tokens `x` `[B, h * w, C]` of an image merge."""
         grid = layout.grid
-        r = min(int(self.config.ratio * x.shape[1]), grid.max_r)
+        r = grid.r(self.config.ratio)
         if r == 0:
             return TokenMap.identity(x.shape[1], x.device)
         if self.config.matching == "windowed":
