@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .hooks import is_named
+
 
 @dataclass(frozen=True)
 class Family:
@@ -94,11 +96,6 @@ class Site:
     def downsample(self) -> int:
         """How many times smaller its image is than the network's input."""
         return 2**self.level
-
-
-def is_named(module: object, names: tuple[str, ...]) -> bool:
-    """Whether a class of this name is among the ancestors of `module`."""
-    return any(ancestor.__name__ in names for ancestor in type(module).__mro__)
 
 
 def find_networks(model: object) -> list[tuple[str, nn.Module, Family]]:

@@ -9,8 +9,6 @@ that deepcopy, pickle and removal take everything along.
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .config import MergeConfig
 from .families import Family, Site, find_networks, find_sites
+from .hooks import Args, Argument, Kwargs, recompile
 from .matching import match_exact, match_windowed
 from .partition import Grid, cell_offsets
 from .token_map import TokenMap
@@ -31,8 +30,6 @@ OWNER = "_tomesd"
 CACHES = ("pyramid_attention_broadcast", "faster_cache_block")
 
 Model = TypeVar("Model")
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 
 def apply_patch(
@@ -98,7 +95,7 @@ def apply_patch(
         _detach(network)
         if chosen:
             setattr(network, OWNER, NetworkPatch(network, family, chosen, config))
-    _recompile()
+    recompile()
     return model
 
 
@@ -111,7 +108,7 @@ def remove_patch(model: Model) -> Model:
     """
     patched_before = [_detach(network) for _, network, _ in find_networks(model)]
     if any(patched_before):
-        _recompile()
+        recompile()
     return model
 
 
@@ -150,22 +147,6 @@ class Layout:
 
     grid: Grid
     dst: Tensor
-
-
-class Argument:
-    """A parameter of a module's forward, which callers may pass by position or by keyword."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.name = name
-        self.position = list(inspect.signature(type(module).forward).parameters).index(name) - 1
-
-    def get(self, args: Args, kwargs: Kwargs) -> Any:
-        return args[self.position] if self.position < len(args) else kwargs.get(self.name)
-
-    def put(self, args: Args, kwargs: Kwargs, value: Any) -> tuple[Args, Kwargs]:
-        if self.position < len(args):
-            return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
-        return args, {**kwargs, self.name: value}
 
 
 class NetworkPatch:
@@ -358,9 +339,3 @@ def _detach(network: nn.Module) -> bool:
         handle.remove()
     delattr(network, OWNER)
     return True
-
-
-def _recompile() -> None:
-    # torch.compile does not look for hooks that come or go after it has compiled a module.
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()

@@ -1,0 +1,18 @@
+"""Token merging for vision transformers: `import tomesd.vit as tome`."""
+
+from .. import merge
+from . import patch, utils
+from .patch import apply_patch, remove_patch, source
+from .schedule import parse_r
+from .vis import make_visualization
+
+__all__ = [
+    "apply_patch",
+    "make_visualization",
+    "merge",
+    "parse_r",
+    "patch",
+    "remove_patch",
+    "source",
+    "utils",
+]

@@ -1,0 +1,92 @@
+"""Proportional attention: a key that stands for several tokens counts as many times (Bolya et al., 2023).
+
+That adds the logarithm of its size to the logits of a key. Where a kernel takes no such bias without losing
+its speed, the same is computed by two more channels of queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Kernels on CUDA take head sizes in steps of this.
+ALIGNMENT = 8
+
+
+def key_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias `[B, 1, 1, N]` of keys that stand for `size` `[B, N]` tokens, to be given as attention mask."""
+    bias = size.to(torch.float32).log()[:, None, None, :].to(dtype)
+    return bias.as_subclass(KeyBias) if size.device.type == "cuda" else bias
+
+
+class KeyBias(Tensor):
+    """An attention mask `[B, 1, 1, N]` that `scaled_dot_product_attention` takes without leaving its fastest kernel.
+
+    CUDA's flash attention has no mask, so this one goes in as channels of queries and keys. To all other
+    functions it is a plain tensor.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention:
+            return super().__torch_function__(func, types, args, kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        kwargs.update(zip(names, args, strict=False))
+        bias = kwargs.pop("attn_mask").as_subclass(Tensor)
+        query, key, value = (kwargs.pop(name) for name in names[:3])
+        return biased_attention(query, key, value, bias, **kwargs)
+
+
+def biased_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` with a bias for each key, by a kernel that has none.
+
+    Args:
+        query: `[B, heads, L, D]`.
+        key: `[B, heads, N, D]`.
+        value: `[B, heads, N, D]`.
+        bias: added to the logits of each key, `[B, 1, 1, N]`.
+    """
+    d, dv = query.shape[-1], value.shape[-1]
+    scale = d**-0.5 if scale is None else scale
+    # In two channels of half precision: what the first one rounds off goes into the second.
+    precise = (bias.to(torch.float32) / scale).transpose(-1, -2)
+    high = precise.to(key.dtype)
+    low = (precise - high.to(torch.float32)).to(key.dtype)
+    width = -(-(max(d + 2, dv)) // ALIGNMENT) * ALIGNMENT
+
+    def padded(x: Tensor, *channels: Tensor) -> Tensor:
+        extra = [channel.expand(*x.shape[:-1], 1) for channel in channels]
+        zeros = x.new_zeros(1).expand(*x.shape[:-1], width - x.shape[-1] - len(extra))
+        return torch.cat([x, *extra, zeros], dim=-1)
+
+    one = query.new_ones(1)
+    out = F.scaled_dot_product_attention(
+        padded(query, one, one),
+        padded(key, high, low),
+        padded(value),
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+    return out[..., :dv]

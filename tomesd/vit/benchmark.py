@@ -1,0 +1,68 @@
+"""How many images a model takes per second."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+
+def benchmark(
+    model: nn.Module,
+    device: torch.device | str | int = 0,
+    input_size: tuple[int, int, int] = (3, 224, 224),
+    batch_size: int = 64,
+    runs: int = 40,
+    throw_out: float = 0.25,
+    use_fp16: bool = False,
+    verbose: bool = False,
+) -> float:
+    """Measures the throughput of a model on random images. The model is moved to the device and to eval mode.
+
+    Args:
+        model: takes images `[batch_size, *input_size]`.
+        device: where to run, `"cpu"` for instance; a number is that of a GPU.
+        input_size: channels, height and width of an image.
+        batch_size: images at once.
+        runs: how often the model runs.
+        throw_out: share of the runs, the first ones, that are not counted.
+        use_fp16: run under autocast to float16 (bfloat16 on a CPU).
+        verbose: show a progress bar and print the result.
+
+    Returns:
+        Images per second.
+
+    Raises:
+        ValueError: fewer than one counted run, or a device that is not there.
+    """
+    from tqdm import tqdm
+
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'no CUDA device is there to run on {device}: pass device="cpu"')
+    warm_up = int(runs * throw_out)
+    if not 0 <= warm_up < runs or batch_size < 1:
+        raise ValueError(
+            f"nothing to measure with runs={runs}, throw_out={throw_out}, batch_size={batch_size}"
+        )
+    dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
+    model = model.eval().to(device)
+    images = torch.rand(batch_size, *input_size, device=device)
+    start = 0.0
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=use_fp16):
+        for run in tqdm(range(runs), desc="Benchmarking", disable=not verbose):
+            if run == warm_up:
+                _wait(device)
+                start = time.perf_counter()
+            model(images)
+        _wait(device)
+    throughput = (runs - warm_up) * batch_size / (time.perf_counter() - start)
+    if verbose:
+        print(f"Throughput: {throughput:.2f} im/s")
+    return throughput
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,349 @@
+"""apply_patch and remove_patch for vision transformers, through forward hooks alone.
+
+Nothing of a host's code is restated. In each block
+
+    x = x + attn(norm1(x))
+    x = x + mlp(norm2(x))
+
+a hook on the attention adds the sizes of its keys, a hook on its keys keeps them as metric, a hook on norm2
+merges the tokens, a hook on the last part of the second half gives its result back to all of them, and a hook
+on the block merges what comes out. As merging is linear, merge(x + unmerge(f(merge(x)))) = merge(x) + f(merge(x)):
+what ToMe computes.
+
+From outside a block gives and takes tokens on the original grid, so dense outputs, hidden states, pooling and
+heads need no care: what they see is constant on groups of tokens. Blocks hand merged tokens to each other only
+inside of an `nn.Sequential`, where nobody looks in between. Which tokens are merged travels with the tokens,
+as an attribute of the tensor: so activation checkpointing recomputes each block on what it was given.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..hooks import Args, Argument, Kwargs, recompile
+from ..matching import match_exact
+from ..partition import alternate
+from ..token_map import TokenMap
+from .attention import key_bias
+from .families import Network, Parts, find_networks
+from .schedule import parse_r
+
+OWNER = "_tomesd"
+STATE = "_tomesd_state"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply_patch(model: Model, trace_source: bool = False, prop_attn: bool | None = None) -> Model:
+    """Makes the vision transformers in a model merge `model.r` tokens in each layer.
+
+    `model.r` is 0 at first and may be set at any time; `parse_r` has its forms. At most half of the tokens that
+    may merge do so in one layer. Class, distillation and register tokens never merge. A patched model is
+    patched anew.
+
+    Args:
+        model: a module of timm, torchvision, SWAG, MAE or transformers, or one that holds such.
+        trace_source: keep which tokens merged, for `source`.
+        prop_attn: let attention count a merged token as many times as it has tokens; by default True, but for
+            MAE. False is for models that are trained with merging.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: the model is no module, or an option is no bool.
+        ValueError: it holds no vision transformer of a known family, or one whose tokens cannot be merged.
+
+    Source: Bolya et al., Token Merging: Your ViT But Faster, 2023.
+    """
+    return _apply(model, None, trace_source, prop_attn)
+
+
+def timm(model: Model, trace_source: bool = False, prop_attn: bool | None = None) -> Model:
+    """`apply_patch` for models of timm."""
+    return _apply(model, "timm", trace_source, prop_attn)
+
+
+def swag(model: Model, trace_source: bool = False, prop_attn: bool | None = None) -> Model:
+    """`apply_patch` for models of SWAG and torchvision."""
+    return _apply(model, "swag", trace_source, prop_attn)
+
+
+def mae(model: Model, trace_source: bool = False, prop_attn: bool = False) -> Model:
+    """`apply_patch` for models of MAE, which are timm's, without proportional attention by default."""
+    return _apply(model, "timm", trace_source, prop_attn)
+
+
+def transformers(model: Model, trace_source: bool = False, prop_attn: bool | None = None) -> Model:
+    """`apply_patch` for models of transformers."""
+    return _apply(model, "transformers", trace_source, prop_attn)
+
+
+def remove_patch(model: Model) -> Model:
+    """Takes every trace of `apply_patch` off a model and returns it; unpatched models are left as they are.
+
+    Raises:
+        TypeError: the model is no module.
+        ValueError: it holds no vision transformer of a known family.
+    """
+    if any([_detach(network.module) for network in find_networks(model)]):
+        recompile()
+    return model
+
+
+def source(model: nn.Module, layer: int = -1) -> TokenMap:
+    """Which of the original tokens, class token and all, each token held after a layer of the last forward.
+
+    Raises:
+        ValueError: the model is not patched, or not with `trace_source=True`, or has several networks.
+        RuntimeError: it did not run yet.
+    """
+    patches = [vars(network.module).get(OWNER) for network in find_networks(model)]
+    if len(patches) > 1:
+        raise ValueError(f"{type(model).__name__} holds {len(patches)} vision transformers: pass one of them")
+    if patches[0] is None or not patches[0].trace_source:
+        raise ValueError("no sources are kept: patch the model with trace_source=True")
+    return patches[0].source(layer)
+
+
+def _apply(model: Model, package: str | None, trace_source: bool, prop_attn: bool | None) -> Model:
+    for name, value in (("trace_source", trace_source), ("prop_attn", prop_attn)):
+        if not isinstance(value, bool) and not (name == "prop_attn" and value is None):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
+    networks = find_networks(model, package)
+    for network in networks:
+        _detach(network.module)
+    for network in networks:
+        setattr(network.module, OWNER, NetworkPatch(model, network, trace_source, prop_attn))
+    recompile()
+    return model
+
+
+class NetworkPatch:
+    """All that tomesd holds on one vision transformer: the options and the hooks.
+
+    Users of the ToMe package know it as `model._tome_info`.
+    """
+
+    def __init__(
+        self, model: nn.Module, network: Network, trace_source: bool, prop_attn: bool | None
+    ) -> None:
+        self.model = model
+        self.trace_source = trace_source
+        self.prop_attn = network.family.prop_attn if prop_attn is None else prop_attn
+        self.protected = network.family.prefix(network.module)
+        self.layers = len(network.blocks)
+        self.maps: list[TokenMap | None] = [None] * self.layers
+        self.match = _match
+        self.handles: list[RemovableHandle] = []
+        model.r = 0  # type: ignore[assignment]
+        model._tome_info = self  # type: ignore[assignment]
+        for i, (name, block, parts) in enumerate(network.blocks):
+            BlockPatch(self, i, name, block, parts)
+        if isinstance(network.container, nn.Sequential):
+            self.handles.append(network.container.register_forward_pre_hook(self.enter))
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "source":
+            return self.source(-1).source_matrix()
+        return {"r": self.model.r, "trace_source": self.trace_source, "prop_attn": self.prop_attn}[key]
+
+    @property
+    def schedule(self) -> list[int]:
+        """How many tokens are to merge in each layer."""
+        return parse_r(self.layers, cast(Any, self.model.r))
+
+    def source(self, layer: int) -> TokenMap:
+        """The map from the original tokens to those after a layer of the last forward."""
+        found = self.maps[layer]
+        if found is None:
+            raise RuntimeError("no sources yet: run the model first")
+        return found
+
+    def enter(self, container: nn.Module, args: Args) -> Args:
+        """Tells the first block that nobody looks at the tokens between the blocks."""
+        x = args[0].view_as(args[0])
+        setattr(x, STATE, (None, True))
+        return (x, *args[1:])
+
+
+class BlockPatch:
+    """Merges the tokens of one block between its attention and its second half."""
+
+    def __init__(self, owner: NetworkPatch, layer: int, name: str, block: nn.Module, parts: Parts) -> None:
+        self.owner = owner
+        self.layer = layer
+        self.name = name
+        self.r = 0
+        self.inside = False
+        self.before: TokenMap | None = None
+        self.map: TokenMap | None = None
+        self.size: Tensor | None = None
+        self.metric: Tensor | None = None
+        attn = block.get_submodule(parts.attn)
+        self.tokens = Argument(block, _first_parameter(block))
+        self.bias = Argument(attn, parts.bias)
+        self.rope = Argument(attn, parts.rope) if parts.rope else None
+        self.head_dim = getattr(attn, "head_dim", 0)
+        self.sequence_first = getattr(attn, "batch_first", True) is False
+        handles = owner.handles
+        handles.append(block.register_forward_pre_hook(self.enter, with_kwargs=True))
+        handles.append(attn.register_forward_pre_hook(self.enter_attention, with_kwargs=True))
+        handles.append(attn.register_forward_hook(self.leave_attention, prepend=True))
+        if parts.keys is not None:
+            handles.append(attn.get_submodule(parts.keys).register_forward_hook(self.keep_keys))
+        handles.append(block.get_submodule(parts.enter).register_forward_pre_hook(self.merge))
+        handles.append(block.get_submodule(parts.leave).register_forward_hook(self.unmerge))
+        handles.append(block.register_forward_hook(self.leave, prepend=True))
+
+    def enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        schedule = self.owner.schedule
+        x = self.tokens.get(args, kwargs)
+        self.before = self.map = self.size = self.metric = None
+        self.r = schedule[self.layer]
+        self.inside = False
+        if self.layer == 0 and hasattr(x, STATE):
+            self.inside = _state(x, self.name)[1]
+        elif sum(schedule[: self.layer]):
+            self.before, self.inside = _state(x, self.name)
+        if self.before is None:
+            return None
+        self.size = self.before.sizes
+        if self.inside:
+            return None
+        return self.tokens.put(args, kwargs, self._back(self.before.merge(self._batch_first(x), "drop")))
+
+    def enter_attention(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        if isinstance(attn, nn.MultiheadAttention) and self.r:
+            self.metric = _mean_keys(attn, self._batch_first(args[0] if args else kwargs["query"]))
+        if self.r == 0 and self.before is None:
+            return None
+        if self.bias.get(args, kwargs) is not None or kwargs.get("is_causal"):
+            raise ValueError(
+                f"tomesd: {self.name} was given an attention mask, which merged tokens have none of"
+            )
+        if self.before is None:
+            return None
+        if self.rope is not None:
+            args, kwargs = self.rope.put(args, kwargs, self._take_rope(self.rope.get(args, kwargs)))
+        if self.owner.prop_attn:
+            x = args[0] if args else next(iter(kwargs.values()))
+            bias = key_bias(cast(Tensor, self.size), x.dtype)
+            if isinstance(attn, nn.MultiheadAttention):
+                bias = bias[:, 0, 0]
+            args, kwargs = self.bias.put(args, kwargs, bias)
+        return args, kwargs
+
+    def leave_attention(self, attn: nn.Module, args: Args, output: Any) -> Any:
+        """Gives attention weights, where asked for, on the original grid: `[B, heads, N, N]`."""
+        if self.before is None or not isinstance(output, tuple) or output[1] is None:
+            return output
+        rows = self.before.unmerge(output[1].transpose(1, 2))
+        share = rows / cast(Tensor, self.size)[:, None, None, :]
+        weights = self.before.unmerge(share.permute(0, 3, 1, 2)).permute(0, 3, 2, 1)
+        return (output[0], weights, *output[2:])
+
+    def keep_keys(self, part: nn.Module, args: Args, keys: Tensor) -> None:
+        if self.r == 0:
+            return
+        if keys.dim() == 3:  # [B, N, heads * D]
+            keys = keys.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        self.metric = keys.detach().mean(1)
+
+    def merge(self, part: nn.Module, args: Args) -> Args | None:
+        x = self._batch_first(args[0])
+        r = min(self.r, (x.shape[1] - self.owner.protected) // 2)
+        if r <= 0:
+            return None
+        self.map = self.owner.match(cast(Tensor, self.metric), self.size, r, self.owner.protected)
+        return (self._back(self.map.merge(x, size=self._weight(x))), *args[1:])
+
+    def unmerge(self, part: nn.Module, args: Args, output: Tensor) -> Tensor:
+        return output if self.map is None else self._back(self.map.unmerge(self._batch_first(output)))
+
+    def leave(self, block: nn.Module, args: Args, output: Tensor) -> Tensor:
+        after, x = self.before, self._batch_first(output)
+        if self.map is not None:
+            x = self.map.merge(x, size=self._weight(x))
+            after = self.map if after is None else after.compose(self.map)
+        last = self.layer == self.owner.layers - 1
+        if after is not None and (last or not self.inside):
+            x = after.unmerge(x)
+        if self.owner.trace_source:
+            self.owner.maps[self.layer] = after or TokenMap.identity(x.shape[1], x.device)
+        self.before = self.map = self.size = self.metric = None
+        x = self._back(x)
+        if not last and sum(self.owner.schedule[: self.layer + 1]):
+            setattr(x, STATE, (None if after is None else (after.index, after.keep), self.inside))
+        return x
+
+    def _weight(self, x: Tensor) -> Tensor | None:
+        return None if self.size is None else self.size.expand(x.shape[0], -1)
+
+    def _batch_first(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1) if self.sequence_first else x
+
+    _back = _batch_first
+
+    def _take_rope(self, rope: Any) -> Any:
+        """The rotary embeddings of the tokens that are left: those of the survivors."""
+        if isinstance(rope, tuple):
+            return tuple(self._take_rope(part) for part in rope)
+        if rope is None:
+            return None
+        keep = cast(TokenMap, self.before).keep[:, self.owner.protected :] - self.owner.protected
+        while rope.dim() < 4:  # [P, D], [heads, P, D] -> [B or 1, heads or 1, P, D]
+            rope = rope[None]
+        b, heads, _, d = torch.broadcast_shapes(rope.shape, (keep.shape[0], 1, 1, 1))
+        return rope.expand(b, -1, -1, -1).gather(2, keep[:, None, :, None].expand(b, heads, -1, d))
+
+
+def _state(x: Tensor, where: str) -> tuple[TokenMap | None, bool]:
+    """Which tokens of `x` are merged, and whether nobody looks at them before the last block."""
+    if not hasattr(x, STATE):
+        raise RuntimeError(
+            f"tomesd: the tokens at {where} do not come straight from the block before it. Something between "
+            "them made a new tensor (a hook, an adapter, or activation checkpointing with use_reentrant=True, "
+            "for which use_reentrant=False is the remedy): set model.r = 0 or remove_patch first"
+        )
+    carried, inside = getattr(x, STATE)
+    return (None if carried is None else TokenMap(*carried)), inside
+
+
+def _first_parameter(block: nn.Module) -> str:
+    return list(inspect.signature(type(block).forward).parameters)[1]
+
+
+def _mean_keys(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """The mean over heads of the keys of tokens `[B, N, C]`: `[B, N, D]`."""
+    # F.multi_head_attention_forward does not show its keys; their mean is linear in the tokens.
+    c, heads = attn.embed_dim, attn.num_heads
+    with torch.no_grad():
+        weight = attn.in_proj_weight[c : 2 * c].unflatten(0, (heads, -1)).mean(0)
+        bias = attn.in_proj_bias
+        return F.linear(
+            x, weight, None if bias is None else bias[c : 2 * c].unflatten(0, (heads, -1)).mean(0)
+        )
+
+
+def _match(metric: Tensor, size: Tensor | None, r: int, protected: int) -> TokenMap:
+    return match_exact(metric, alternate(metric.shape[1], protected, metric.device), r)
+
+
+def _detach(network: nn.Module) -> bool:
+    """Takes the patch off a network; whether there was one."""
+    owner = vars(network).get(OWNER)
+    if owner is None:
+        return False
+    for handle in owner.handles:
+        handle.remove()
+    delattr(network, OWNER)
+    for name in ("r", "_tome_info"):
+        vars(owner.model).pop(name, None)
+    return True
