@@ -43,7 +43,7 @@ def call_of(case, model):
 
 
 def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn):
-    """ToMe (Bolya et al., 2023) on the tokens `[N, C]` of one image, as plain as can be: tokens after the blocks."""
+    """ToMe (Bolya et al., 2023) on the tokens `[N, C]` of one image, as plain as can be."""
     groups = [[i] for i in range(len(x))]  # the original tokens in each token, its survivor first
     for block, rope, r in zip(blocks, ropes, schedule, strict=True):
         keys = []
@@ -77,7 +77,9 @@ def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn):
         members = {i: [i] for i in range(len(x)) if i not in leaving}
         for i in leaving:
             members[best[i][1]].append(i)
-        x = torch.stack([sum(x[j] * sizes[j] for j in ms) / sum(sizes[j] for j in ms) for ms in members.values()])
+        x = torch.stack(
+            [sum(x[j] * sizes[j] for j in ms) / sum(sizes[j] for j in ms) for ms in members.values()]
+        )
         groups = [[i for j in ms for i in groups[j]] for ms in members.values()]
         x = x + case.second(block, x)
     out = torch.empty(sum(map(len, groups)), x.shape[-1], dtype=x.dtype)
@@ -141,3 +143,397 @@ def test_each_image_merges_by_itself(case):
     model.r = SCHEDULE
     with torch.no_grad():
         torch.testing.assert_close(case(model, 3)[:2], case(model, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_sequence_first_encoders_merge_as_batch_first_ones():
+    """SWAG's encoder keeps tokens [N, B, C], as its attention does; its blocks are torchvision's else."""
+    model = CASES["torchvision"].build()
+    tome.patch.swag(model)
+    model.r = SCHEDULE
+    tokens = torch.randn(2, 65, 24)
+    with torch.no_grad():
+        want = model.encoder.layers(tokens)
+        for block in model.encoder.layers:
+            block.self_attention.batch_first = False
+        tome.patch.swag(model)
+        model.r = SCHEDULE
+        got = model.encoder.layers(tokens.transpose(0, 1)).transpose(0, 1)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "timm DINOv2 with registers", "timm EVA02"])
+def test_dense_outputs_of_timm_come_back_on_the_original_grid(name):
+    case = CASES[name]
+    model = case.build()
+    x = tiny_vit.images()
+    tome.apply_patch(model, trace_source=True)
+    with torch.no_grad():
+        plain = model.forward_features(x)
+        model.r = SCHEDULE
+        features = model.forward_features(x)
+        assert features.shape == plain.shape
+        merged = tome.source(model)
+        assert merged.tokens == plain.shape[1]
+        torch.testing.assert_close(merged.unmerge(merged.merge(features, "drop")), features)
+        final, each = model.forward_intermediates(x, output_fmt="NLC", return_prefix_tokens=True)
+        torch.testing.assert_close(final, features)
+        for layer, (patches, prefix) in enumerate(each):
+            after = tome.source(model, layer)
+            assert after.groups == tome.source(model, max(layer - 1, 0)).groups - SCHEDULE[layer] * (
+                layer > 0
+            ) or (layer == 3)
+            tokens = torch.cat([prefix, patches], 1)
+            assert torch.equal(after.unmerge(after.merge(tokens, "drop")), tokens)
+        images = model.forward_intermediates(x, indices=[1, 2], intermediates_only=True, stop_early=True)
+        assert [image.shape for image in images] == 2 * [(2, 24, 8, 8)]
+        torch.testing.assert_close(images[0].flatten(2).mT, each[1][0])
+
+
+def test_average_pooling_counts_each_patch_once():
+    model = CASES["timm qk-norm, average pooling"].build()
+    tome.apply_patch(model, trace_source=True)
+    model.r = SCHEDULE
+    with torch.no_grad():
+        features = model.forward_features(tiny_vit.images())
+        merged = tome.source(model)
+        tokens, sizes = merged.merge(features, "drop"), merged.sizes
+        mean = (tokens * sizes[..., None])[:, 1:].sum(1) / 64
+        torch.testing.assert_close(model.forward_head(features, pre_logits=True), model.fc_norm(mean))
+
+
+TRANSFORMERS = [name for name in CASES if name.startswith("transformers")]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_hidden_states_and_attentions_of_transformers_come_back_on_the_original_grid(name, attention):
+    case = CASES[name]
+    model = case.build()
+    model.set_attn_implementation(attention)
+    wanted = dict(output_hidden_states=True, output_attentions=attention == "eager")
+    with torch.no_grad():
+        plain = case.run(model, **wanted)
+        tome.patch.transformers(model)
+        zero = case.run(model, **wanted)
+        assert all(map(torch.equal, zero.hidden_states, plain.hidden_states))
+        model.r = SCHEDULE
+        merged = case.run(model, **wanted)
+        torch.testing.assert_close(tiny_vit.logits(merged), case(model))
+    assert [h.shape for h in merged.hidden_states] == [h.shape for h in plain.hidden_states]
+    if attention == "eager":
+        assert [a.shape for a in merged.attentions] == [a.shape for a in plain.attentions]
+        torch.testing.assert_close(merged.attentions[0], plain.attentions[0])
+        for weights in merged.attentions:
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_hidden_states_can_be_saved():
+    case = CASES["transformers DINOv2"]
+    model = tome.apply_patch(case.build())
+    model.r = SCHEDULE
+    with torch.no_grad():
+        states = case.run(model, output_hidden_states=True).hidden_states
+    file = io.BytesIO()
+    torch.save(states, file)
+    file.seek(0)
+    assert all(map(torch.equal, torch.load(file, weights_only=True), states))
+
+
+def test_backbones_give_maps_on_the_original_grid():
+    import transformers as T
+
+    config = T.Dinov2Config(**tiny_vit.CONFIG, mlp_ratio=2, out_features=["stage1", "stage4"])
+    model = tome.apply_patch(tiny_vit.randomised(T.Dinov2Backbone(config)))
+    model.r = 8
+    with torch.no_grad():
+        maps = model(tiny_vit.images()).feature_maps
+    assert [m.shape for m in maps] == 2 * [(2, 24, 8, 8)]
+
+
+def test_only_the_vision_half_of_clip_merges():
+    import transformers as T
+
+    config = T.CLIPConfig(
+        text_config=dict(hidden_size=24, num_attention_heads=3, intermediate_size=32, num_hidden_layers=2),
+        vision_config=tiny_vit.CONFIG,
+        projection_dim=16,
+    )
+    model = tiny_vit.randomised(T.CLIPModel(config))
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        plain = model(ids, tiny_vit.images())
+        tome.apply_patch(model)
+        model.r = 8
+        merged = model(ids, tiny_vit.images())
+    assert torch.equal(merged.text_embeds, plain.text_embeds)
+    assert not torch.equal(merged.image_embeds, plain.image_embeds)
+
+
+def checkpoint(model):
+    getattr(model, "set_grad_checkpointing", getattr(model, "activation_checkpointing_enable", None))()
+
+
+def gradients(case, model, **options):
+    model.zero_grad()
+    torch.manual_seed(0)  # of stochastic depth
+    tiny_vit.logits(case.run(model, **options)).square().mean().backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def test_gradients_flow_and_checkpointing_does_not_change_them(case):
+    case, model = case
+    if not hasattr(model, "set_grad_checkpointing") and not hasattr(model, "activation_checkpointing_enable"):
+        pytest.skip("has no activation checkpointing")
+    tome.apply_patch(model.train())
+    model.r = SCHEDULE
+    want = gradients(case, model)
+    assert all(grad.isfinite().all() for grad in want.values())
+    checkpoint(model)
+    got = gradients(case, model)
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "timm EVA02", "transformers DINOv2", "transformers CLIP"])
+def test_checkpointing_recomputes_each_of_several_forwards_as_it_was(name):
+    case = CASES[name]
+    model = tome.apply_patch(case.build()).train()
+    small, large = tiny_vit.images(2), 2 * tiny_vit.images(3)
+
+    def run():
+        model.zero_grad()
+        losses = []
+        for r, x in ((SCHEDULE, small), (SCHEDULE, large), (0, small)):
+            model.r = r
+            losses.append(tiny_vit.logits(model(x)).square().mean())
+        model.r = SCHEDULE
+        (losses[0] + losses[1]).backward()
+        model.r = 0
+        losses[2].backward()
+        return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+    want = run()
+    checkpoint(model)
+    for got, grad in zip(run(), want, strict=True):
+        torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_comes_between_blocks_is_an_error_not_a_wrong_result():
+    model = tome.apply_patch(CASES["timm ViT"].build())
+    model.r = 8
+    handle = model.blocks[1].register_forward_hook(lambda m, args, out: out + 0)
+    with pytest.raises(RuntimeError, match=r"blocks\.2 do not come straight"):
+        model(tiny_vit.images())
+    handle.remove()
+    model(tiny_vit.images())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast(case, dtype):
+    case, model = case
+    tome.apply_patch(model)
+    model.r = SCHEDULE
+    with torch.no_grad():
+        assert case(model.to(dtype)).isfinite().all()
+        model.float()
+        want = case(model)
+        with torch.autocast("cpu", dtype):
+            got = case(model)
+    assert got.isfinite().all()
+    assert F.cosine_similarity(got.float().flatten(), want.flatten(), dim=0) > 0.7
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "timm EVA02", "torchvision", "transformers DINOv2"])
+def test_compiles_to_one_graph_and_never_again_while_the_schedule_stays(name):
+    from torch._dynamo.testing import CompileCounter
+
+    case = CASES[name]
+    model = tome.apply_patch(case.build())
+    model.r = SCHEDULE
+    counter = CompileCounter()
+    with torch.no_grad():
+        want = case(model)
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        for _ in range(3):
+            torch.testing.assert_close(case(compiled), want)
+        assert counter.frame_count == 1
+        model.r = 4
+        case(compiled)
+        assert counter.frame_count == 2
+        tome.remove_patch(model)
+        torch.testing.assert_close(case(compiled), case(model))
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "torchvision"])
+def test_exports(name):
+    case = CASES[name]
+    model = tome.apply_patch(case.build())
+    model.r = SCHEDULE
+    x = tiny_vit.images()
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(exported(x), model(x))
+
+
+def test_timm_without_fused_attention_merges_alike():
+    case = CASES["timm ViT"]
+    model = tome.apply_patch(case.build())
+    model.r = SCHEDULE
+    with torch.no_grad():
+        fused = case(model)
+        for block in model.blocks:
+            block.attn.fused_attn = False
+        torch.testing.assert_close(case(model), fused, rtol=1e-4, atol=1e-5)
+
+
+def _train_on_two(rank, port, folder):
+    import os
+
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = tome.apply_patch(CASES["timm ViT"].build().train())
+    model.r = SCHEDULE
+    wrapped = DistributedDataParallel(model)
+    wrapped(tiny_vit.images()[rank : rank + 1]).square().mean().backward()
+    if rank == 0:
+        torch.save([weight.grad for weight in model.parameters()], f"{folder}/grads.pt")
+    dist.destroy_process_group()
+
+
+def test_data_parallel_training_in_two_processes(tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_train_on_two, (port, tmp_path), nprocs=2, start_method="fork")
+    model = tome.apply_patch(CASES["timm ViT"].build().train())
+    model.r = SCHEDULE
+    model(tiny_vit.images()).square().mean().backward()
+    for got, weight in zip(torch.load(tmp_path / "grads.pt"), model.parameters(), strict=True):
+        torch.testing.assert_close(got, weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_fine_tuning_with_merging_converges_through_accelerate():
+    """Two classes of images, told apart by where a bright square is."""
+    from accelerate import Accelerator
+
+    model = tome.patch.timm(CASES["timm ViT"].build(), prop_attn=False)
+    model.r = SCHEDULE
+    generator = torch.Generator().manual_seed(0)
+    images = 0.3 * torch.randn(64, 3, 32, 32, generator=generator)
+    labels = torch.arange(64) % 2
+    images[labels == 1, :, 8:16, 8:16] += 1
+    loader = torch.utils.data.DataLoader(list(zip(images, labels, strict=True)), batch_size=16)
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses = []
+    for _ in range(12):
+        for x, y in loader:
+            loss = F.cross_entropy(model(x), y)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert sum(losses[-4:]) < 0.3 * sum(losses[:4])
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: timm().create_model("swin_tiny_patch4_window7_224"), "windows of the whole grid"),
+        (lambda: timm().create_model("beit_base_patch16_224", depth=1), "bias for each pair of positions"),
+        (lambda: timm().create_model("vit_relpos_small_patch16_224", depth=1), "bias for each pair"),
+        (
+            lambda: timm().create_model("resnet18"),
+            r"ResNet holds no vision transformer.*Known are timm Vision",
+        ),
+        (
+            lambda: parallel(),
+            "ParallelScalingBlock; of timm VisionTransformer tomesd knows Block, ResPostBlock",
+        ),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_with_a_reason(build, reason):
+    model = build()
+    with pytest.raises(ValueError, match=reason):
+        tome.apply_patch(model)
+    no_traces(model)
+
+
+def timm():
+    import timm
+
+    return timm
+
+
+def parallel():
+    from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+
+    return VisionTransformer(**tiny_vit.TIMM, block_fn=ParallelScalingBlock)
+
+
+def test_errors_name_what_was_given():
+    model = CASES["timm ViT"].build()
+    with pytest.raises(TypeError, match="expected a torch module, got str"):
+        tome.apply_patch("vit_base_patch16_224")
+    with pytest.raises(TypeError, match="got the class VisionTransformer: make one first"):
+        tome.apply_patch(type(model))
+    with pytest.raises(TypeError, match="prop_attn must be a bool, got 1"):
+        tome.apply_patch(model, prop_attn=1)
+    with pytest.raises(ValueError, match=r"of swag that tomesd knows\. Known are torchvision or SWAG"):
+        tome.patch.swag(model)
+    no_traces(model)
+    with pytest.raises(ValueError, match="patch the model with trace_source=True"):
+        tome.source(tome.apply_patch(model))
+    tome.apply_patch(model, trace_source=True)
+    with pytest.raises(RuntimeError, match="run the model first"):
+        tome.source(model)
+    model.r = -1
+    with pytest.raises(ValueError, match="r must not be negative, got -1"):
+        model(tiny_vit.images())
+    model.r = [1] * 5
+    with pytest.raises(ValueError, match="5 numbers for 4 layers"):
+        model(tiny_vit.images())
+    model.r = 8
+    with pytest.raises(ValueError, match=r"blocks\.0 was given an attention mask"):
+        model.forward_features(tiny_vit.images(), attn_mask=torch.ones(65, 65, dtype=torch.bool))
+    with torch.no_grad():
+        assert model(tiny_vit.images()).isfinite().all()
+
+
+def test_patching_twice_is_patching_once(case):
+    case, model = case
+    with torch.no_grad():
+        model.r = None
+        tome.apply_patch(model)
+        model.r = SCHEDULE
+        once = case(model)
+        tome.apply_patch(model)
+        assert model.r == 0
+        model.r = SCHEDULE
+        assert torch.equal(case(model), once)
+    tome.remove_patch(model)
+    no_traces(model)
+
+
+def test_the_notebook_of_the_older_package_runs_with_another_import(capsys):
+    model = timm().create_model("vit_tiny_patch16_224", img_size=64, depth=4)
+    plain = tome.utils.benchmark(model, device="cpu", runs=4, batch_size=2, input_size=(3, 64, 64))
+    tome.patch.timm(model, trace_source=True)
+    x = torch.randn(1, 3, 64, 64)
+    for r, left in ((0, 17), (2, 9), ((2, -1.0), 10), ([3] * 2, 11)):
+        model.r = r
+        model(x)[0].topk(5)
+        assert model._tome_info["source"].shape == (1, left, 17)
+    merged = tome.utils.benchmark(
+        model, device="cpu", verbose=True, runs=4, batch_size=2, input_size=(3, 64, 64), throw_out=0.25
+    )
+    assert plain > 0
+    assert f"{merged:.2f} im/s" in capsys.readouterr().out

@@ -183,7 +183,13 @@ HF_CLIP = dict(
 def _torchvision() -> nn.Module:
     return randomised(
         torchvision.models.VisionTransformer(
-            image_size=SIDE, patch_size=4, num_layers=DEPTH, num_heads=3, hidden_dim=24, mlp_dim=48, num_classes=10
+            image_size=SIDE,
+            patch_size=4,
+            num_layers=DEPTH,
+            num_heads=3,
+            hidden_dim=24,
+            mlp_dim=48,
+            num_classes=10,
         )
     )
 
@@ -207,7 +213,9 @@ CASES = {
         **EVA,
     ),
     "timm EVA02, mixed": Case(
-        _timm(Eva, use_rot_pos_emb=True, rope_type="mixed", qkv_fused=False, num_reg_tokens=2), prefix=3, **EVA
+        _timm(Eva, use_rot_pos_emb=True, rope_type="mixed", qkv_fused=False, num_reg_tokens=2),
+        prefix=3,
+        **EVA,
     ),
     "timm EVA02, post-norm": Case(
         _timm(Eva, use_rot_pos_emb=True, use_post_norm=True),
@@ -238,7 +246,13 @@ CASES = {
         **HF_DINO,
     ),
     "transformers DINOv3": Case(
-        _hf(T.DINOv3ViTModel, T.DINOv3ViTConfig, num_register_tokens=2, num_attention_heads=2),
+        _hf(
+            T.DINOv3ViTModel,
+            T.DINOv3ViTConfig,
+            num_register_tokens=2,
+            num_attention_heads=2,
+            pos_embed_rescale=None,
+        ),
         lambda m: list(m.model.layer),
         3,
         **HF_DINO,

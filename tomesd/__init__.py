@@ -4,7 +4,17 @@ from . import merge
 from .explain import Explanation, explain
 from .patch import apply_patch, patched, remove_patch
 from .token_map import TokenMap
+from .token_merger import TokenMerger
 
 __version__ = "1.0.0.dev0"
 
-__all__ = ["Explanation", "TokenMap", "apply_patch", "explain", "merge", "patched", "remove_patch"]
+__all__ = [
+    "Explanation",
+    "TokenMap",
+    "TokenMerger",
+    "apply_patch",
+    "explain",
+    "merge",
+    "patched",
+    "remove_patch",
+]

@@ -13,7 +13,13 @@ CHUNK = 1 << 24
 
 
 @torch.no_grad()
-def match_exact(metric: Tensor, partition: Partition, r: int) -> TokenMap:
+def match_exact(
+    metric: Tensor,
+    partition: Partition,
+    r: int,
+    ids: Tensor | None = None,
+    padding: int | None = None,
+) -> TokenMap:
     """Merges the `r` src tokens most similar to their most similar dst into it (Bolya et al., 2023).
 
     Similarity is the cosine. Tokens with non-finite values merge last. Memory is bounded: similarities
@@ -23,13 +29,33 @@ def match_exact(metric: Tensor, partition: Partition, r: int) -> TokenMap:
         metric: what is compared, floating point `[B, N, C]`.
         partition: who may leave and who receives.
         r: how many tokens leave, at most the number of src tokens.
+        ids: which sequence each token belongs to, integer `[B, N]`; a token may only join its own sequence.
+        padding: the id of tokens that leave first.
+
+    Raises:
+        ValueError: fewer than r tokens have somebody in their own sequence to join.
     """
     src, dst = _rows(metric, partition.src), _rows(metric, partition.dst)
     unit, bad = _unit(dst)
     chunk = max(1, CHUNK // max(1, unit.shape[0] * unit.shape[1]))
-    best = [(part @ unit.mT).max(dim=-1) for part in src.split(chunk, dim=1)]
+    products = (part @ unit.mT for part in src.split(chunk, dim=1))
+    src_ids = None
+    if ids is not None:
+        src_ids, dst_ids = _rows(ids, partition.src), _rows(ids, partition.dst)
+        strangers = (part[..., None] != dst_ids[:, None] for part in src_ids.split(chunk, dim=1))
+        products = (
+            part.masked_fill(mask, -torch.inf) for part, mask in zip(products, strangers, strict=True)
+        )
+    best = [part.max(dim=-1) for part in products]
     value, local = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
     score = _score(value, src, bad.gather(1, local))
+    if src_ids is not None:
+        if padding is not None:
+            score = score.masked_fill(src_ids == padding, 2)
+        score = score.masked_fill(value == -torch.inf, -torch.inf)
+        joins = (score > -torch.inf).sum(1)
+        if not torch.compiler.is_compiling() and bool((joins < r).any()):
+            raise ValueError(f"r is {r}, but in one sample only {int(joins.min())} tokens have one to join")
     chosen = score.topk(r, dim=1, sorted=False).indices
     b = metric.shape[0]
     return TokenMap.from_pairs(

@@ -18,16 +18,16 @@ ALIGNMENT = 8
 
 
 def key_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bias `[B, 1, 1, N]` of keys that stand for `size` `[B, N]` tokens, to be given as attention mask."""
+    """The bias `[B, 1, 1, N]` of keys that stand for `size` `[B, N]` tokens, for an attention mask."""
     bias = size.to(torch.float32).log()[:, None, None, :].to(dtype)
     return bias.as_subclass(KeyBias) if size.device.type == "cuda" else bias
 
 
 class KeyBias(Tensor):
-    """An attention mask `[B, 1, 1, N]` that `scaled_dot_product_attention` takes without leaving its fastest kernel.
+    """A mask `[B, 1, 1, N]` that `scaled_dot_product_attention` takes without leaving its fastest kernel.
 
-    CUDA's flash attention has no mask, so this one goes in as channels of queries and keys. To all other
-    functions it is a plain tensor.
+    CUDA's flash attention has no mask, so this one goes in as channels of queries and keys. It stays what it
+    is when it is reshaped, and is a plain tensor to all other functions.
     """
 
     @classmethod
@@ -39,13 +39,26 @@ class KeyBias(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func is not F.scaled_dot_product_attention:
-            return super().__torch_function__(func, types, args, kwargs)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-        kwargs.update(zip(names, args, strict=False))
-        bias = kwargs.pop("attn_mask").as_subclass(Tensor)
-        query, key, value = (kwargs.pop(name) for name in names[:3])
-        return biased_attention(query, key, value, bias, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.scaled_dot_product_attention:
+                names = (
+                    "query",
+                    "key",
+                    "value",
+                    "attn_mask",
+                    "dropout_p",
+                    "is_causal",
+                    "scale",
+                    "enable_gqa",
+                )
+                kwargs.update(zip(names, args, strict=False))
+                kwargs["bias"] = kwargs.pop("attn_mask")
+                return biased_attention(**kwargs)
+            out = func(*args, **kwargs)
+        alone = not any(isinstance(x, Tensor) and not isinstance(x, cls) for x in (*args, *kwargs.values()))
+        if alone and isinstance(out, Tensor) and not isinstance(out, cls):
+            out = out.as_subclass(cls)
+        return out
 
 
 def biased_attention(

@@ -36,11 +36,11 @@ def benchmark(
     Raises:
         ValueError: fewer than one counted run, or a device that is not there.
     """
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
-    device = torch.device(device)
+    device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'no CUDA device is there to run on {device}: pass device="cpu"')
+        raise ValueError(f'there is no {device}: pass device="cpu"')
     warm_up = int(runs * throw_out)
     if not 0 <= warm_up < runs or batch_size < 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""One row of data for each family of vision transformers: where its blocks stand and what their parts are called.
+"""One row of data for each family of vision transformers: where its blocks and their parts are.
 
 Classes are recognised by name along the MRO, so nothing third-party is imported to know a model.
 """
@@ -19,6 +19,7 @@ class Parts:
     """The parts of a block `x = x + attn(norm1(x)); x = x + mlp(norm2(x))` at which tokens are merged.
 
     Args:
+        first: the part that is given the block's tokens.
         attn: the self-attention.
         keys: the part of it whose output is the keys, `[B, heads, N, D]` or `[B, N, heads * D]`; None for
             `nn.MultiheadAttention`, which has no such part.
@@ -28,6 +29,7 @@ class Parts:
         rope: the parameter of the attention's forward, if any, that holds rotary embeddings of the patches.
     """
 
+    first: str
     attn: str
     keys: str | None
     bias: str
@@ -63,13 +65,21 @@ def _class_and_registers(network: Any) -> int:
     return 1 + getattr(network.config, "num_register_tokens", 0)
 
 
-TIMM_EVA = Parts("attn", "k_norm", "attn_mask", enter="norm2", leave="drop_path2", rope="rope")
-VIT_LAYER = Parts("attention", "k_proj", "attention_mask", enter="layernorm_after", leave="mlp")
-DINO_LAYER = Parts("attention", "k_proj", "attention_mask", enter="norm2", leave="layer_scale2")
-DINOV3_LAYER = Parts(
-    "attention", "k_proj", "attention_mask", enter="norm2", leave="layer_scale2", rope="position_embeddings"
+TIMM_EVA = Parts("norm1", "attn", "k_norm", "attn_mask", enter="norm2", leave="drop_path2", rope="rope")
+VIT_LAYER = Parts(
+    "layernorm_before", "attention", "k_proj", "attention_mask", enter="layernorm_after", leave="mlp"
 )
-CLIP_LAYER = Parts("self_attn", "k_proj", "attention_mask", enter="layer_norm2", leave="mlp")
+DINO_LAYER = Parts("norm1", "attention", "k_proj", "attention_mask", enter="norm2", leave="layer_scale2")
+DINOV3_LAYER = Parts(
+    "norm1",
+    "attention",
+    "k_proj",
+    "attention_mask",
+    enter="norm2",
+    leave="layer_scale2",
+    rope="position_embeddings",
+)
+CLIP_LAYER = Parts("layer_norm1", "self_attn", "k_proj", "attention_mask", enter="layer_norm2", leave="mlp")
 
 FAMILIES = (
     Family(
@@ -78,9 +88,9 @@ FAMILIES = (
         networks=("VisionTransformer",),
         path="blocks",
         blocks={
-            "Block": Parts("attn", "k_norm", "attn_mask", enter="norm2", leave="drop_path2"),
+            "Block": Parts("norm1", "attn", "k_norm", "attn_mask", enter="norm2", leave="drop_path2"),
             # Here the norms come after attention and mlp.
-            "ResPostBlock": Parts("attn", "k_norm", "attn_mask", enter="mlp", leave="drop_path2"),
+            "ResPostBlock": Parts("attn", "attn", "k_norm", "attn_mask", enter="mlp", leave="drop_path2"),
         },
         prefix=lambda network: network.num_prefix_tokens,
     ),
@@ -92,7 +102,7 @@ FAMILIES = (
         blocks={
             "EvaBlock": TIMM_EVA,
             "EvaBlockPostNorm": Parts(
-                "attn", "k_norm", "attn_mask", enter="mlp", leave="drop_path2", rope="rope"
+                "attn", "attn", "k_norm", "attn_mask", enter="mlp", leave="drop_path2", rope="rope"
             ),
         },
         prefix=lambda network: network.num_prefix_tokens,
@@ -102,7 +112,11 @@ FAMILIES = (
         package="swag",
         networks=("VisionTransformer",),
         path="encoder.layers",
-        blocks={"EncoderBlock": Parts("self_attention", None, "key_padding_mask", enter="ln_2", leave="mlp")},
+        blocks={
+            "EncoderBlock": Parts(
+                "ln_1", "self_attention", None, "key_padding_mask", enter="ln_2", leave="mlp"
+            )
+        },
         # SWAG's may pool all tokens instead of having a class token; torchvision's always has one.
         prefix=lambda network: int(getattr(network, "classifier", "token") == "token"),
     ),
@@ -246,10 +260,11 @@ def _network(name: str, module: nn.Module, family: Family) -> Network:
         parts = next((parts for kind, parts in family.blocks.items() if is_named(block, (kind,))), None)
         if parts is None:
             raise ValueError(
-                f"{path} is a {type(block).__name__}; of {family.name} tomesd knows {', '.join(family.blocks)}"
+                f"{path} is a {type(block).__name__}; of {family.name} tomesd knows "
+                f"{', '.join(family.blocks)}"
             )
         keys = () if parts.keys is None else (f"{parts.attn}.{parts.keys}",)
-        for part in (parts.attn, parts.enter, parts.leave, *keys):
+        for part in (parts.first, parts.attn, parts.enter, parts.leave, *keys):
             if _submodule(block, part) is None:
                 raise ValueError(f"{path} has no {part}, at which tomesd merges the tokens of {family.name}")
         blocks.append((path, block, parts))

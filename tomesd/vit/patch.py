@@ -7,13 +7,13 @@ Nothing of a host's code is restated. In each block
 
 a hook on the attention adds the sizes of its keys, a hook on its keys keeps them as metric, a hook on norm2
 merges the tokens, a hook on the last part of the second half gives its result back to all of them, and a hook
-on the block merges what comes out. As merging is linear, merge(x + unmerge(f(merge(x)))) = merge(x) + f(merge(x)):
-what ToMe computes.
+on the block merges what comes out. As merging is linear, that is what ToMe computes:
+merge(x + unmerge(f(merge(x)))) = merge(x) + f(merge(x)).
 
-From outside a block gives and takes tokens on the original grid, so dense outputs, hidden states, pooling and
-heads need no care: what they see is constant on groups of tokens. Blocks hand merged tokens to each other only
-inside of an `nn.Sequential`, where nobody looks in between. Which tokens are merged travels with the tokens,
-as an attribute of the tensor: so activation checkpointing recomputes each block on what it was given.
+From outside a block gives and takes tokens on the original grid, so dense outputs, hidden states, pooling
+and heads need no care: what they see is constant on groups of tokens. Blocks hand merged tokens to each other
+only inside of an `nn.Sequential`, where nobody looks in between. Which tokens are merged travels with the
+tokens, as an attribute of the tensor: so activation checkpointing recomputes each block on what it was given.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def apply_patch(model: Model, trace_source: bool = False, prop_attn: bool | None = None) -> Model:
     """Makes the vision transformers in a model merge `model.r` tokens in each layer.
 
-    `model.r` is 0 at first and may be set at any time; `parse_r` has its forms. At most half of the tokens that
-    may merge do so in one layer. Class, distillation and register tokens never merge. A patched model is
-    patched anew.
+    `model.r` is 0 at first and may be set at any time; `parse_r` has its forms. At most half of the tokens
+    that may merge do so in one layer. Class, distillation and register tokens never merge. A patched model
+    is patched anew.
 
     Args:
         model: a module of timm, torchvision, SWAG, MAE or transformers, or one that holds such.
@@ -92,7 +92,8 @@ def remove_patch(model: Model) -> Model:
         TypeError: the model is no module.
         ValueError: it holds no vision transformer of a known family.
     """
-    if any([_detach(network.module) for network in find_networks(model)]):
+    patched_before = [_detach(network.module) for network in find_networks(model)]
+    if any(patched_before):
         recompile()
     return model
 
@@ -194,6 +195,7 @@ class BlockPatch:
         self.sequence_first = getattr(attn, "batch_first", True) is False
         handles = owner.handles
         handles.append(block.register_forward_pre_hook(self.enter, with_kwargs=True))
+        handles.append(block.get_submodule(parts.first).register_forward_pre_hook(self.begin))
         handles.append(attn.register_forward_pre_hook(self.enter_attention, with_kwargs=True))
         handles.append(attn.register_forward_hook(self.leave_attention, prepend=True))
         if parts.keys is not None:
@@ -203,21 +205,24 @@ class BlockPatch:
         handles.append(block.register_forward_hook(self.leave, prepend=True))
 
     def enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        schedule = self.owner.schedule
+        if not any(self.owner.schedule[: self.layer]):
+            return None
         x = self.tokens.get(args, kwargs)
-        self.before = self.map = self.size = self.metric = None
+        before, inside = _state(x, self.name)
+        if before is None or inside:
+            return None
+        merged = self._back(before.merge(self._batch_first(x), "drop"))
+        setattr(merged, STATE, getattr(x, STATE))
+        return self.tokens.put(args, kwargs, merged)
+
+    def begin(self, part: nn.Module, args: Args) -> None:
+        # Not at the block itself: what checkpointing of transformers recomputes begins after its hooks.
+        schedule = self.owner.schedule
+        self.before, self.inside = getattr(args[0], STATE, (None, False))
+        self.before = _map(self.before) if any(schedule[: self.layer]) else None
         self.r = schedule[self.layer]
-        self.inside = False
-        if self.layer == 0 and hasattr(x, STATE):
-            self.inside = _state(x, self.name)[1]
-        elif sum(schedule[: self.layer]):
-            self.before, self.inside = _state(x, self.name)
-        if self.before is None:
-            return None
-        self.size = self.before.sizes
-        if self.inside:
-            return None
-        return self.tokens.put(args, kwargs, self._back(self.before.merge(self._batch_first(x), "drop")))
+        self.size = None if self.before is None else self.before.sizes
+        self.map = self.metric = None
 
     def enter_attention(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if isinstance(attn, nn.MultiheadAttention) and self.r:
@@ -279,7 +284,7 @@ class BlockPatch:
             self.owner.maps[self.layer] = after or TokenMap.identity(x.shape[1], x.device)
         self.before = self.map = self.size = self.metric = None
         x = self._back(x)
-        if not last and sum(self.owner.schedule[: self.layer + 1]):
+        if not last and any(self.owner.schedule[: self.layer + 1]):
             setattr(x, STATE, (None if after is None else (after.index, after.keep), self.inside))
         return x
 
@@ -309,11 +314,15 @@ def _state(x: Tensor, where: str) -> tuple[TokenMap | None, bool]:
     if not hasattr(x, STATE):
         raise RuntimeError(
             f"tomesd: the tokens at {where} do not come straight from the block before it. Something between "
-            "them made a new tensor (a hook, an adapter, or activation checkpointing with use_reentrant=True, "
-            "for which use_reentrant=False is the remedy): set model.r = 0 or remove_patch first"
+            "them made a new tensor: a hook, an adapter, or activation checkpointing with use_reentrant=True "
+            "(use_reentrant=False works). Without it, or with model.r = 0, it runs"
         )
     carried, inside = getattr(x, STATE)
-    return (None if carried is None else TokenMap(*carried)), inside
+    return _map(carried), inside
+
+
+def _map(carried: tuple[Tensor, Tensor] | None) -> TokenMap | None:
+    return None if carried is None else TokenMap(*carried)
 
 
 def _first_parameter(block: nn.Module) -> str:

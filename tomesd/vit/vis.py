@@ -43,14 +43,16 @@ def make_visualization(
     prefix = index.shape[1] - rows * columns
     if prefix < 0 or (prefix > 0) != class_token:
         raise ValueError(
-            f"an image of {img.width} x {img.height} pixels has {columns} x {rows} patches of {patch_size}, the "
-            f"source has {index.shape[1]} tokens with class_token={class_token}"
+            f"an image of {img.width} x {img.height} pixels has {columns} x {rows} patches of {patch_size}, "
+            f"the source has {index.shape[1]} tokens with class_token={class_token}"
         )
     groups = index[0, prefix:].cpu().unique(return_inverse=True)[1].view(rows, columns)
     y = torch.arange(img.height) * rows // img.height
     x = torch.arange(img.width) * columns // img.width
     label = groups[y[:, None], x]  # [H, W]
-    pixels = torch.frombuffer(bytearray(img.convert("RGB").tobytes()), dtype=torch.uint8).view(*label.shape, 3)
+    pixels = torch.frombuffer(bytearray(img.convert("RGB").tobytes()), dtype=torch.uint8).view(
+        *label.shape, 3
+    )
     count = int(label.max()) + 1
     total = torch.zeros(count, 3).index_add(0, label.flatten(), pixels.flatten(0, 1).float())
     mean = total / label.flatten().bincount(minlength=count)[:, None]

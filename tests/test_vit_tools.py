@@ -1,0 +1,140 @@
+"""What the vision transformers' side is made of: schedules, proportional attention, pictures, throughput."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import tomesd.vit as tome
+from tomesd import TokenMap
+from tomesd.vit.attention import KeyBias, biased_attention, key_bias
+
+
+@pytest.mark.parametrize(
+    ("r", "want"),
+    [
+        (8, [8, 8, 8, 8]),
+        ((8, 0), [8, 8, 8, 8]),
+        ((8, -1.0), [16, 10, 5, 0]),
+        ((8, 1.0), [0, 5, 10, 16]),
+        ((8, -0.5), [12, 9, 6, 4]),
+        ([5, 3], [5, 3, 0, 0]),
+        ([], [0, 0, 0, 0]),
+    ],
+)
+def test_schedules(r, want):
+    assert tome.parse_r(4, r) == want
+
+
+def test_a_schedule_of_one_layer():
+    assert tome.parse_r(1, (8, -1.0)) == [16]
+
+
+@pytest.mark.parametrize("r", ["8", 8.0, None, (8, "a"), (8, 1, 2), [8, 0.5], True])
+def test_a_schedule_of_another_kind_is_an_error(r):
+    with pytest.raises(TypeError, match="r must be an integer"):
+        tome.parse_r(4, r)
+
+
+def test_a_schedule_out_of_range_is_an_error():
+    with pytest.raises(ValueError, match="from -1 to 1, got 2"):
+        tome.parse_r(4, (8, 2))
+    with pytest.raises(ValueError, match="5 numbers for 4"):
+        tome.parse_r(4, [1] * 5)
+    with pytest.raises(ValueError, match="negative"):
+        tome.parse_r(4, [1, -1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_both_forms_of_proportional_attention_are_equal(dtype, scale):
+    q, k, v = torch.randn(3, 2, 4, 33, 12, dtype=torch.float64)
+    q = q[:, :, :20]
+    size = torch.randint(1, 300, (2, 33))
+    repeated = [
+        torch.cat([x[b : b + 1].repeat_interleave(size[b], dim=2) for x in (k, v)], dim=-1).split(12, dim=-1)
+        for b in range(2)
+    ]
+    want = torch.cat(
+        [F.scaled_dot_product_attention(q[b : b + 1], *repeated[b], scale=scale) for b in range(2)]
+    )
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    bias = key_bias(size, dtype)
+    masked = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    by_channels = biased_attention(q, k, v, bias, scale=scale)
+    tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.1, atol=0.05)
+    torch.testing.assert_close(masked.double(), want, **tolerance)
+    torch.testing.assert_close(by_channels.double(), want, **tolerance)
+    # What the attention of a host does with the mask that it was given on CUDA.
+    subclass = bias.as_subclass(KeyBias)
+    assert torch.equal(F.scaled_dot_product_attention(q, k, v, attn_mask=subclass, scale=scale), by_channels)
+    assert torch.equal(F.scaled_dot_product_attention(q, k, v, subclass, scale=scale), by_channels)
+    logits = q @ k.mT + subclass
+    assert type(logits) is torch.Tensor
+    assert torch.equal(logits, q @ k.mT + bias)
+    assert type(subclass.expand(2, 4, 1, 33).reshape(8, 1, 33)) is KeyBias
+
+
+def test_the_form_without_a_mask_is_what_a_host_gets(monkeypatch):
+    import tiny_vit
+
+    from tomesd.vit import patch
+
+    for name in ("timm ViT", "timm EVA02", "torchvision", "transformers DINOv2"):
+        case = tiny_vit.CASES[name]
+        model = tome.apply_patch(case.build())
+        model.r = [7, 0, 9, 40]
+        with torch.no_grad():
+            want = case(model)
+            with monkeypatch.context() as m:
+                m.setattr(patch, "key_bias", lambda size, dtype: key_bias(size, dtype).as_subclass(KeyBias))
+                got = case(model)
+                assert type(got) is torch.Tensor
+                torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+                compiled = torch.compile(model, backend="eager", fullgraph=True)
+                torch.testing.assert_close(case(compiled), got)
+
+
+def test_a_picture_of_groups_has_their_mean_colours():
+    image = Image.new("RGB", (32, 16))
+    image.paste((200, 0, 0), (0, 0, 8, 16))
+    image.paste((100, 0, 0), (8, 0, 16, 16))
+    image.paste((0, 0, 50), (16, 0, 32, 16))
+    index = torch.tensor([[0, 1, 1, 2, 2, 1, 1, 2, 2]])  # a class token, then 2 x 4 patches of 8
+    merged = TokenMap.from_index(index, 3)
+    picture = tome.make_visualization(image, merged, patch_size=8)
+    assert picture.size == image.size
+    assert picture.getpixel((4, 8)) == (150, 0, 0)
+    assert picture.getpixel((12, 3)) == (150, 0, 0)
+    assert picture.getpixel((24, 8)) == (0, 0, 50)
+    assert picture.getpixel((15, 8)) != (150, 0, 0)  # the border
+    dense = merged.source_matrix()
+    for source in (dense, dense[0]):
+        assert list(tome.make_visualization(image, source, 8).tobytes()) == list(picture.tobytes())
+    without = TokenMap.from_index(index[:, 1:] - 1, 2)
+    assert tome.make_visualization(image, without, 8, class_token=False).tobytes() == picture.tobytes()
+
+
+def test_a_picture_of_another_image_is_an_error():
+    image = Image.new("RGB", (32, 16))
+    merged = TokenMap.identity(9)
+    with pytest.raises(
+        ValueError, match="4 x 2 patches of 8, the source has 9 tokens with class_token=False"
+    ):
+        tome.make_visualization(image, merged, 8, class_token=False)
+    with pytest.raises(
+        ValueError, match="2 x 1 patches of 16, the source has 2 tokens with class_token=True"
+    ):
+        tome.make_visualization(image, TokenMap.identity(2))
+    with pytest.raises(ValueError, match="of one image, got 2"):
+        tome.make_visualization(image, torch.eye(9).expand(2, 9, 9), 8)
+
+
+def test_a_benchmark_that_cannot_run_is_an_error():
+    model = torch.nn.Identity()
+    with pytest.raises(ValueError, match="nothing to measure with runs=0"):
+        tome.utils.benchmark(model, device="cpu", runs=0)
+    if not torch.cuda.is_available():
+        for device in (0, "cuda"):
+            with pytest.raises(ValueError, match='pass device="cpu"'):
+                tome.utils.benchmark(model, device)
