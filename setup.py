@@ -10,6 +10,8 @@ diffusers = [
     *("pillow", "matplotlib"),  # for examples/generate.py
 ]
 
+vit = ["timm>=1.0", "torchvision", "transformers>=5", "tqdm", "pillow"]
+
 setup(
     name="tomesd",
     version=version,
@@ -24,9 +26,11 @@ setup(
     install_requires=["torch>=2.1"],
     extras_require={
         "diffusers": diffusers,
+        "vit": vit,
         "xformers": ["xformers"],
         "dev": [
             *diffusers,
+            *vit,
             "peft",
             "pytest",
             "pytest-xdist",
@@ -34,7 +38,8 @@ setup(
             "ruff",
             # for scripts/
             "fonttools",
-            "tqdm",
+            "onnx",
+            "scikit-image",
             # what CompVis' ldm imports; the tests run against it
             "einops",
             "omegaconf",

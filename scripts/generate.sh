@@ -6,4 +6,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 need diffusers tomesd torch diffusers transformers accelerate safetensors PIL matplotlib
 (($#)) || set -- --compare
-exec python "$root/examples/generate.py" "$@"
+exec python "$root/scripts/torchvision_ops.py" "$root/examples/generate.py" "$@"

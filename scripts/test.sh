@@ -4,7 +4,7 @@
 #   bash scripts/test.sh tests -k laws    any arguments of pytest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-need dev tomesd diffusers transformers accelerate peft pytest xdist hypothesis ruff einops omegaconf matplotlib
+need dev tomesd diffusers transformers accelerate peft pytest xdist hypothesis ruff einops omegaconf matplotlib timm torchvision onnx skimage
 cd "$root"
 ruff check .
 ruff format --check .

@@ -70,3 +70,33 @@ def test_the_shipped_model_is_explained():
     table = tomesd.explain(pipe)
     assert (table.height, table.width) == (64, 64)
     assert [(row.before, row.after) for row in table.rows if row.left_alone is None] == [(256, 128)] * 3
+
+
+def test_a_photo_is_rebuilt_from_merged_patches():
+    import torch
+    import vit_clusters
+
+    image = vit_clusters.photo("chelsea", 56)
+    assert image.size == (56, 56)
+    nothing = tomesd.TokenMap.identity(17)
+    assert np.array_equal(vit_clusters.rebuilt(image, nothing), image)
+    index = torch.tensor([[0, *range(1, 15), 15, 15]])
+    two = np.asarray(vit_clusters.rebuilt(image, tomesd.TokenMap.from_index(index, 16)))
+    last = np.asarray(image, dtype=float)[42:, 28:]
+    mean = (last[:, :14] + last[:, 14:]) / 2
+    assert np.abs(two[42:, 28:42] - mean).max() <= 0.5
+    assert np.array_equal(two[42:, 28:42], two[42:, 42:])
+    assert np.array_equal(two[:42], np.asarray(image)[:42])
+
+
+def test_the_example_of_a_model_of_ones_own_runs():
+    import token_merger
+    import torch
+
+    model = token_merger.Encoder(20)
+    x, ids, labels = token_merger.batch(torch.randn(token_merger.SYMBOLS, token_merger.WIDTH), 2)
+    answer = model(x, ids)
+    assert answer.shape == (*labels.shape, token_merger.SYMBOLS)
+    halves = answer.unflatten(1, (2, -1))  # a sequence does not see the other one
+    x[:, 32:] = 0
+    torch.testing.assert_close(model(x, ids).unflatten(1, (2, -1))[:, 0], halves[:, 0], rtol=0.5, atol=0.5)

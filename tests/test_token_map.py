@@ -213,3 +213,8 @@ def test_identity_returns_its_input():
 def test_mistakes_are_named(wrong, says):
     with pytest.raises(ValueError, match=says):
         wrong(TokenMap.from_index(INDEX, 3))
+
+
+def test_it_prints_what_it_does():
+    index = torch.tensor([[0, 1, 1], [0, 0, 1]])
+    assert repr(TokenMap.from_index(index, 2)) == "TokenMap(3 -> 2 tokens, 2 samples)"

@@ -11,7 +11,7 @@ from torch import Tensor
 MODES = ("mean", "sum", "amax", "mlerp", "drop")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenMap:
     """Which group each of N tokens belongs to, and which token of each group survives.
 
@@ -72,6 +72,9 @@ class TokenMap:
         # Tokens that leave write to a spare last column, so that no data-dependent shape arises.
         keep = src.new_zeros(b, n - r + 1).scatter(1, rank.where(stays, n - r), positions)[:, : n - r]
         return cls(index, keep)
+
+    def __repr__(self) -> str:
+        return f"TokenMap({self.tokens} -> {self.groups} tokens, {self.index.shape[0]} samples)"
 
     @property
     def tokens(self) -> int:
