@@ -315,6 +315,8 @@ def test_checkpointing_recomputes_each_of_several_forwards_as_it_was(name):
 
     want = run()
     checkpoint(model)
+    run()
+    copy.deepcopy(model)  # nothing with a history is left on it
     for got, grad in zip(run(), want, strict=True):
         torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-6)
 
@@ -537,3 +539,34 @@ def test_the_notebook_of_the_older_package_runs_with_another_import(capsys):
     )
     assert plain > 0
     assert f"{merged:.2f} im/s" in capsys.readouterr().out
+
+
+class Dropped(torch.nn.Module):
+    """Stochastic depth or dropout that drops everything."""
+
+    def forward(self, x):
+        return 0 * x
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("timm ViT", ["drop_path1", "drop_path2"]),
+        ("timm EVA02", ["drop_path1", "drop_path2"]),
+        ("transformers ViT", ["dropout"]),
+        ("transformers DINOv2", ["drop_path"]),
+    ],
+)
+def test_what_drops_a_half_of_a_block_does_not_drop_the_merging(name, parts):
+    case = CASES[name]
+    model = case.build()
+    for block in case.blocks(model):
+        for part in parts:
+            assert part in dict(block.named_children())
+            setattr(block, part, Dropped())
+    before = call_of(case, model)["out"]
+    tome.apply_patch(model, trace_source=True)
+    model.r = SCHEDULE
+    after = call_of(case, model)["out"]
+    merged = tome.source(model)
+    torch.testing.assert_close(after, merged.unmerge(merged.merge(before)), rtol=1e-4, atol=1e-5)

@@ -25,7 +25,7 @@ class Parts:
             `nn.MultiheadAttention`, which has no such part.
         bias: the parameter of its forward that is added to the logits of each key.
         enter: the part that is given the residual stream after attention, where tokens merge.
-        leave: the last part before what the second half made is added to that stream.
+        leave: the last part that sees what the second half adds to that stream; the first may share it.
         rope: the parameter of the attention's forward, if any, that holds rotary embeddings of the patches.
     """
 
@@ -67,16 +67,16 @@ def _class_and_registers(network: Any) -> int:
 
 TIMM_EVA = Parts("norm1", "attn", "k_norm", "attn_mask", enter="norm2", leave="drop_path2", rope="rope")
 VIT_LAYER = Parts(
-    "layernorm_before", "attention", "k_proj", "attention_mask", enter="layernorm_after", leave="mlp"
+    "layernorm_before", "attention", "k_proj", "attention_mask", enter="layernorm_after", leave="dropout"
 )
-DINO_LAYER = Parts("norm1", "attention", "k_proj", "attention_mask", enter="norm2", leave="layer_scale2")
+DINO_LAYER = Parts("norm1", "attention", "k_proj", "attention_mask", enter="norm2", leave="drop_path")
 DINOV3_LAYER = Parts(
     "norm1",
     "attention",
     "k_proj",
     "attention_mask",
     enter="norm2",
-    leave="layer_scale2",
+    leave="drop_path",
     rope="position_embeddings",
 )
 CLIP_LAYER = Parts("layer_norm1", "self_attn", "k_proj", "attention_mask", enter="layer_norm2", leave="mlp")

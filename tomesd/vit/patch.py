@@ -5,10 +5,10 @@ Nothing of a host's code is restated. In each block
     x = x + attn(norm1(x))
     x = x + mlp(norm2(x))
 
-a hook on the attention adds the sizes of its keys, a hook on its keys keeps them as metric, a hook on norm2
-merges the tokens, a hook on the last part of the second half gives its result back to all of them, and a hook
-on the block merges what comes out. As merging is linear, that is what ToMe computes:
-merge(x + unmerge(f(merge(x)))) = merge(x) + f(merge(x)).
+a hook on the attention adds the sizes of its keys, a hook on its keys keeps them as metric, and a hook on
+norm2 merges the tokens. At the end of the second half a hook adds what merging changed to its result y and
+gives that back to all tokens, and a hook on the block keeps the tokens that survive. That is what ToMe
+computes: a survivor of value s that has merged into m becomes s + (y + m - s) = m + y.
 
 From outside a block gives and takes tokens on the original grid, so dense outputs, hidden states, pooling
 and heads need no care: what they see is constant on groups of tokens. Blocks hand merged tokens to each other
@@ -187,6 +187,7 @@ class BlockPatch:
         self.map: TokenMap | None = None
         self.size: Tensor | None = None
         self.metric: Tensor | None = None
+        self.gain: Tensor | None = None
         attn = block.get_submodule(parts.attn)
         self.tokens = Argument(block, _first_parameter(block))
         self.bias = Argument(attn, parts.bias)
@@ -222,7 +223,7 @@ class BlockPatch:
         self.before = _map(self.before) if any(schedule[: self.layer]) else None
         self.r = schedule[self.layer]
         self.size = None if self.before is None else self.before.sizes
-        self.map = self.metric = None
+        self.map = self.metric = self.gain = None
 
     def enter_attention(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if isinstance(attn, nn.MultiheadAttention) and self.r:
@@ -267,29 +268,31 @@ class BlockPatch:
         if r <= 0:
             return None
         self.map = self.owner.match(cast(Tensor, self.metric), self.size, r, self.owner.protected)
-        return (self._back(self.map.merge(x, size=self._weight(x))), *args[1:])
+        merged = self.map.merge(x, size=None if self.size is None else self.size.expand(x.shape[0], -1))
+        self.gain = merged - self.map.merge(x, "drop")
+        return (self._back(merged), *args[1:])
 
     def unmerge(self, part: nn.Module, args: Args, output: Tensor) -> Tensor:
-        return output if self.map is None else self._back(self.map.unmerge(self._batch_first(output)))
+        gain, self.gain = self.gain, None
+        if self.map is None or gain is None:
+            return output
+        return self._back(self.map.unmerge(self._batch_first(output) + gain))
 
     def leave(self, block: nn.Module, args: Args, output: Tensor) -> Tensor:
         after, x = self.before, self._batch_first(output)
         if self.map is not None:
-            x = self.map.merge(x, size=self._weight(x))
+            x = self.map.merge(x, "drop")
             after = self.map if after is None else after.compose(self.map)
         last = self.layer == self.owner.layers - 1
         if after is not None and (last or not self.inside):
             x = after.unmerge(x)
         if self.owner.trace_source:
             self.owner.maps[self.layer] = after or TokenMap.identity(x.shape[1], x.device)
-        self.before = self.map = self.size = self.metric = None
+        self.before = self.map = self.size = self.metric = self.gain = None
         x = self._back(x)
         if not last and any(self.owner.schedule[: self.layer + 1]):
             setattr(x, STATE, (None if after is None else (after.index, after.keep), self.inside))
         return x
-
-    def _weight(self, x: Tensor) -> Tensor | None:
-        return None if self.size is None else self.size.expand(x.shape[0], -1)
 
     def _batch_first(self, x: Tensor) -> Tensor:
         return x.transpose(0, 1) if self.sequence_first else x
