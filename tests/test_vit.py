@@ -42,7 +42,7 @@ def call_of(case, model):
     return seen
 
 
-def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn):
+def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn, metric, mode):
     """ToMe (Bolya et al., 2023) on the tokens `[N, C]` of one image, as plain as can be."""
     groups = [[i] for i in range(len(x))]  # the original tokens in each token, its survivor first
     for block, rope, r in zip(blocks, ropes, schedule, strict=True):
@@ -67,19 +67,22 @@ def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn):
             return getattr(attn, case.project)(getattr(attn, "norm", torch.nn.Identity())(out))
 
         x = x + case.first(block, x, attend)
+        by = keys[0] if metric == "keys" else x
         free = range(case.prefix, len(x))
         src, dst = [i for i in free if i % 2 == 0], [i for i in free if i % 2 == 1]
         best = {}
         for i in src:
-            cosines = [(F.cosine_similarity(keys[0][i], keys[0][j], dim=0).item(), j) for j in dst]
+            cosines = [(F.cosine_similarity(by[i], by[j], dim=0).item(), j) for j in dst]
             best[i] = max(cosines)
         leaving = sorted(src, key=lambda i: -best[i][0])[:r]
         members = {i: [i] for i in range(len(x)) if i not in leaving}
         for i in leaving:
             members[best[i][1]].append(i)
-        x = torch.stack(
-            [sum(x[j] * sizes[j] for j in ms) / sum(sizes[j] for j in ms) for ms in members.values()]
-        )
+        means = [sum(x[j] * sizes[j] for j in ms) / sum(sizes[j] for j in ms) for ms in members.values()]
+        if mode == "mlerp":
+            longest = [max(x[j].norm() for j in ms) for ms in members.values()]
+            means = [mean / mean.norm() * norm for mean, norm in zip(means, longest, strict=True)]
+        x = torch.stack(means)
         groups = [[i for j in ms for i in groups[j]] for ms in members.values()]
         x = x + case.second(block, x)
     out = torch.empty(sum(map(len, groups)), x.shape[-1], dtype=x.dtype)
@@ -88,8 +91,11 @@ def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn):
     return out
 
 
-@pytest.mark.parametrize("prop_attn", [True, False])
-def test_merging_is_tome_in_plain_loops(case, prop_attn):
+@pytest.mark.parametrize(
+    ("prop_attn", "metric", "mode"),
+    [(True, "keys", "mean"), (False, "keys", "mean"), (True, "tokens", "mlerp")],
+)
+def test_merging_is_tome_in_plain_loops(case, prop_attn, metric, mode):
     case, model = case
     model = model.double()
     blocks = case.blocks(model)
@@ -101,8 +107,9 @@ def test_merging_is_tome_in_plain_loops(case, prop_attn):
         ropes = list(model.rope.get_embed(model.patch_embed.grid_size))
     x = plain["args"][0] if plain["args"] else kwargs["hidden_states"]
     with torch.no_grad():
-        want = [merged_by_loops(case, blocks, each, ropes, SCHEDULE, prop_attn) for each in x]
-    tome.apply_patch(model, prop_attn=prop_attn)
+        options = (prop_attn, metric, mode)
+        want = [merged_by_loops(case, blocks, each, ropes, SCHEDULE, *options) for each in x]
+    tome.apply_patch(model, prop_attn=prop_attn, metric=metric, mode=mode)
     model.r = SCHEDULE
     torch.testing.assert_close(call_of(case, model)["out"], torch.stack(want), rtol=1e-5, atol=1e-6)
 
@@ -487,8 +494,12 @@ def test_errors_name_what_was_given():
         tome.apply_patch("vit_base_patch16_224")
     with pytest.raises(TypeError, match="got the class VisionTransformer: make one first"):
         tome.apply_patch(type(model))
-    with pytest.raises(TypeError, match="prop_attn must be a bool, got 1"):
+    with pytest.raises(TypeError, match="prop_attn must be a bool or None, got 1"):
         tome.apply_patch(model, prop_attn=1)
+    with pytest.raises(ValueError, match="metric must be one of tokens, keys, got 'k'"):
+        tome.apply_patch(model, metric="k")
+    with pytest.raises(ValueError, match="mode must be one of mlerp, mean, got 'max'"):
+        tome.patch.timm(model, mode="max")
     with pytest.raises(ValueError, match=r"of swag that tomesd knows\. Known are torchvision or SWAG"):
         tome.patch.swag(model)
     no_traces(model)
@@ -565,7 +576,7 @@ def test_what_drops_a_half_of_a_block_does_not_drop_the_merging(name, parts):
             assert part in dict(block.named_children())
             setattr(block, part, Dropped())
     before = call_of(case, model)["out"]
-    tome.apply_patch(model, trace_source=True)
+    tome.apply_patch(model, trace_source=True, mode="mean")
     model.r = SCHEDULE
     after = call_of(case, model)["out"]
     merged = tome.source(model)

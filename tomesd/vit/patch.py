@@ -5,10 +5,10 @@ Nothing of a host's code is restated. In each block
     x = x + attn(norm1(x))
     x = x + mlp(norm2(x))
 
-a hook on the attention adds the sizes of its keys, a hook on its keys keeps them as metric, and a hook on
-norm2 merges the tokens. At the end of the second half a hook adds what merging changed to its result y and
-gives that back to all tokens, and a hook on the block keeps the tokens that survive. That is what ToMe
-computes: a survivor of value s that has merged into m becomes s + (y + m - s) = m + y.
+a hook on the attention adds the sizes of its keys, and one on norm2 merges the tokens. At the end of the
+second half a hook adds what merging changed to its result y and gives that back to all tokens, and a hook on
+the block keeps the tokens that survive. That is what ToMe computes: a survivor of value s that has merged
+into m becomes s + (y + m - s) = m + y.
 
 From outside a block gives and takes tokens on the original grid, so dense outputs, hidden states, pooling
 and heads need no care: what they see is constant on groups of tokens. Blocks hand merged tokens to each other
@@ -19,7 +19,8 @@ tokens, as an attribute of the tensor: so activation checkpointing recomputes ea
 from __future__ import annotations
 
 import inspect
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +37,20 @@ from .schedule import parse_r
 
 OWNER = "_tomesd"
 STATE = "_tomesd_state"
+METRICS = ("tokens", "keys")
+MODES = ("mlerp", "mean")
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def apply_patch(model: Model, trace_source: bool = False, prop_attn: bool | None = None) -> Model:
+def apply_patch(
+    model: Model,
+    trace_source: bool = False,
+    prop_attn: bool | None = None,
+    *,
+    metric: Literal["tokens", "keys"] = "tokens",
+    mode: Literal["mlerp", "mean"] = "mlerp",
+) -> Model:
     """Makes the vision transformers in a model merge `model.r` tokens in each layer.
 
     `model.r` is 0 at first and may be set at any time; `parse_r` has its forms. At most half of the tokens
@@ -52,37 +62,44 @@ def apply_patch(model: Model, trace_source: bool = False, prop_attn: bool | None
         trace_source: keep which tokens merged, for `source`.
         prop_attn: let attention count a merged token as many times as it has tokens; by default True, but for
             MAE. False is for models that are trained with merging.
+        metric: compare the tokens as they are after attention, or the keys of attention, as ToMe does.
+        mode: give a merged token the mean of its tokens, as ToMe does, or (`"mlerp"`; Kim et al., Token
+            Fusion, 2024) the direction of the mean with the largest of their norms. ToMe's two choices are
+            for models that were trained with it; the defaults lose less accuracy without training.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: the model is no module, or an option is no bool.
-        ValueError: it holds no vision transformer of a known family, or one whose tokens cannot be merged.
+        TypeError: the model is no module, or an option is of the wrong type.
+        ValueError: it holds no vision transformer of a known family, or one whose tokens cannot be merged,
+            or an option is none of those above.
 
     Source: Bolya et al., Token Merging: Your ViT But Faster, 2023.
     """
-    return _apply(model, None, trace_source, prop_attn)
+    return _apply(model, None, Options(trace_source, prop_attn, metric, mode))
 
 
-def timm(model: Model, trace_source: bool = False, prop_attn: bool | None = None) -> Model:
+def timm(model: Model, trace_source: bool = False, prop_attn: bool | None = None, **options: Any) -> Model:
     """`apply_patch` for models of timm."""
-    return _apply(model, "timm", trace_source, prop_attn)
+    return _apply(model, "timm", Options(trace_source, prop_attn, **options))
 
 
-def swag(model: Model, trace_source: bool = False, prop_attn: bool | None = None) -> Model:
+def swag(model: Model, trace_source: bool = False, prop_attn: bool | None = None, **options: Any) -> Model:
     """`apply_patch` for models of SWAG and torchvision."""
-    return _apply(model, "swag", trace_source, prop_attn)
+    return _apply(model, "swag", Options(trace_source, prop_attn, **options))
 
 
-def mae(model: Model, trace_source: bool = False, prop_attn: bool = False) -> Model:
+def mae(model: Model, trace_source: bool = False, prop_attn: bool = False, **options: Any) -> Model:
     """`apply_patch` for models of MAE, which are timm's, without proportional attention by default."""
-    return _apply(model, "timm", trace_source, prop_attn)
+    return _apply(model, "timm", Options(trace_source, prop_attn, **options))
 
 
-def transformers(model: Model, trace_source: bool = False, prop_attn: bool | None = None) -> Model:
+def transformers(
+    model: Model, trace_source: bool = False, prop_attn: bool | None = None, **options: Any
+) -> Model:
     """`apply_patch` for models of transformers."""
-    return _apply(model, "transformers", trace_source, prop_attn)
+    return _apply(model, "transformers", Options(trace_source, prop_attn, **options))
 
 
 def remove_patch(model: Model) -> Model:
@@ -113,15 +130,32 @@ def source(model: nn.Module, layer: int = -1) -> TokenMap:
     return patches[0].source(layer)
 
 
-def _apply(model: Model, package: str | None, trace_source: bool, prop_attn: bool | None) -> Model:
-    for name, value in (("trace_source", trace_source), ("prop_attn", prop_attn)):
-        if not isinstance(value, bool) and not (name == "prop_attn" and value is None):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
+@dataclass(frozen=True)
+class Options:
+    """What `apply_patch` was given, checked once; it explains each."""
+
+    trace_source: bool
+    prop_attn: bool | None
+    metric: str = "tokens"
+    mode: str = "mlerp"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.trace_source, bool):
+            raise TypeError(f"trace_source must be a bool, got {self.trace_source!r}")
+        if not isinstance(self.prop_attn, bool | None):
+            raise TypeError(f"prop_attn must be a bool or None, got {self.prop_attn!r}")
+        if self.metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+
+
+def _apply(model: Model, package: str | None, options: Options) -> Model:
     networks = find_networks(model, package)
     for network in networks:
         _detach(network.module)
     for network in networks:
-        setattr(network.module, OWNER, NetworkPatch(model, network, trace_source, prop_attn))
+        setattr(network.module, OWNER, NetworkPatch(model, network, options))
     recompile()
     return model
 
@@ -132,16 +166,15 @@ class NetworkPatch:
     Users of the ToMe package know it as `model._tome_info`.
     """
 
-    def __init__(
-        self, model: nn.Module, network: Network, trace_source: bool, prop_attn: bool | None
-    ) -> None:
+    def __init__(self, model: nn.Module, network: Network, options: Options) -> None:
         self.model = model
-        self.trace_source = trace_source
-        self.prop_attn = network.family.prop_attn if prop_attn is None else prop_attn
+        self.trace_source = options.trace_source
+        self.prop_attn = network.family.prop_attn if options.prop_attn is None else options.prop_attn
+        self.metric = options.metric
+        self.mode = options.mode
         self.protected = network.family.prefix(network.module)
         self.layers = len(network.blocks)
         self.maps: list[TokenMap | None] = [None] * self.layers
-        self.match = _match
         self.handles: list[RemovableHandle] = []
         model.r = 0  # type: ignore[assignment]
         model._tome_info = self  # type: ignore[assignment]
@@ -153,7 +186,7 @@ class NetworkPatch:
     def __getitem__(self, key: str) -> Any:
         if key == "source":
             return self.source(-1).source_matrix()
-        return {"r": self.model.r, "trace_source": self.trace_source, "prop_attn": self.prop_attn}[key]
+        return self.model.r if key == "r" else getattr(self, key)
 
     @property
     def schedule(self) -> list[int]:
@@ -226,7 +259,7 @@ class BlockPatch:
         self.map = self.metric = self.gain = None
 
     def enter_attention(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        if isinstance(attn, nn.MultiheadAttention) and self.r:
+        if isinstance(attn, nn.MultiheadAttention) and self._needs_keys:
             self.metric = _mean_keys(attn, self._batch_first(args[0] if args else kwargs["query"]))
         if self.r == 0 and self.before is None:
             return None
@@ -256,7 +289,7 @@ class BlockPatch:
         return (output[0], weights, *output[2:])
 
     def keep_keys(self, part: nn.Module, args: Args, keys: Tensor) -> None:
-        if self.r == 0:
+        if not self._needs_keys:
             return
         if keys.dim() == 3:  # [B, N, heads * D]
             keys = keys.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -267,8 +300,10 @@ class BlockPatch:
         r = min(self.r, (x.shape[1] - self.owner.protected) // 2)
         if r <= 0:
             return None
-        self.map = self.owner.match(cast(Tensor, self.metric), self.size, r, self.owner.protected)
-        merged = self.map.merge(x, size=None if self.size is None else self.size.expand(x.shape[0], -1))
+        metric = x.detach() if self.metric is None else self.metric
+        self.map = match_exact(metric, alternate(x.shape[1], self.owner.protected, x.device), r)
+        size = None if self.size is None else self.size.expand(x.shape[0], -1)
+        merged = self.map.merge(x, self.owner.mode, size)
         self.gain = merged - self.map.merge(x, "drop")
         return (self._back(merged), *args[1:])
 
@@ -293,6 +328,10 @@ class BlockPatch:
         if not last and any(self.owner.schedule[: self.layer + 1]):
             setattr(x, STATE, (None if after is None else (after.index, after.keep), self.inside))
         return x
+
+    @property
+    def _needs_keys(self) -> bool:
+        return self.r > 0 and self.owner.metric == "keys"
 
     def _batch_first(self, x: Tensor) -> Tensor:
         return x.transpose(0, 1) if self.sequence_first else x
@@ -342,10 +381,6 @@ def _mean_keys(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
         return F.linear(
             x, weight, None if bias is None else bias[c : 2 * c].unflatten(0, (heads, -1)).mean(0)
         )
-
-
-def _match(metric: Tensor, size: Tensor | None, r: int, protected: int) -> TokenMap:
-    return match_exact(metric, alternate(metric.shape[1], protected, metric.device), r)
 
 
 def _detach(network: nn.Module) -> bool:
