@@ -218,3 +218,12 @@ def test_mistakes_are_named(wrong, says):
 def test_it_prints_what_it_does():
     index = torch.tensor([[0, 1, 1], [0, 0, 1]])
     assert repr(TokenMap.from_index(index, 2)) == "TokenMap(3 -> 2 tokens, 2 samples)"
+
+
+def test_it_can_be_cut_to_some_samples():
+    index = torch.tensor([[0, 1, 1], [0, 0, 1]])
+    one = TokenMap.from_index(index, 2)[1:]
+    assert torch.equal(one.index, index[1:])
+    assert one.groups == 2
+    with pytest.raises(TypeError, match="indexed by a slice of its samples, got 0"):
+        TokenMap.from_index(index, 2)[0]

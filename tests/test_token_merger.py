@@ -102,6 +102,8 @@ def test_gradients_flow_to_tokens_and_r_0_changes_nothing():
     nothing = TokenMerger(x, 0)
     assert nothing(x) is x
     assert nothing.unmerge(x) is x
+    assert nothing.sizes.shape == (2, 8)
+    assert TokenMerger(x, 2, adm=nothing.adm).adm.shape == (2, 6, 8)
 
 
 def test_compiles_to_one_graph():
@@ -129,6 +131,8 @@ def test_compiles_to_one_graph():
         (dict(adm=TokenMap.identity(9)), ValueError, r"adm leaves \[1, 9\] tokens, keys have \[2, 8\]"),
         (dict(adm="a"), TypeError, "a tensor or a TokenMap, got str"),
         (dict(sequence_ids=torch.ones(2, 7).long()), ValueError, r"sequence_ids must be \[2, 8\] as keys"),
+        (dict(sequence_ids=[0] * 8), TypeError, "sequence_ids must be a tensor, got list"),
+        (dict(mask_id="a"), TypeError, "mask_id must be an integer, got 'a'"),
         (dict(sequence_ids=torch.ones(2, 8)), TypeError, "sequence_ids must be integers, got torch.float32"),
     ],
 )

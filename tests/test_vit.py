@@ -4,6 +4,8 @@ import copy
 import io
 import pickle
 
+import accelerate.hooks
+import ddp_worker
 import pytest
 import tiny_vit
 import torch
@@ -67,7 +69,7 @@ def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn, metric, mode):
             return getattr(attn, case.project)(getattr(attn, "norm", torch.nn.Identity())(out))
 
         x = x + case.first(block, x, attend)
-        by = keys[0] if metric == "keys" else x
+        by = keys[0] if metric == "keys" else x[:, :16]
         free = range(case.prefix, len(x))
         src, dst = [i for i in free if i % 2 == 0], [i for i in free if i % 2 == 1]
         best = {}
@@ -95,7 +97,8 @@ def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn, metric, mode):
     ("prop_attn", "metric", "mode"),
     [(True, "keys", "mean"), (False, "keys", "mean"), (True, "tokens", "mlerp")],
 )
-def test_merging_is_tome_in_plain_loops(case, prop_attn, metric, mode):
+def test_merging_is_tome_in_plain_loops(case, prop_attn, metric, mode, monkeypatch):
+    monkeypatch.setattr(tome.patch, "CHANNELS", 16)
     case, model = case
     model = model.double()
     blocks = case.blocks(model)
@@ -186,9 +189,7 @@ def test_dense_outputs_of_timm_come_back_on_the_original_grid(name):
         torch.testing.assert_close(final, features)
         for layer, (patches, prefix) in enumerate(each):
             after = tome.source(model, layer)
-            assert after.groups == tome.source(model, max(layer - 1, 0)).groups - SCHEDULE[layer] * (
-                layer > 0
-            ) or (layer == 3)
+            assert after.groups == case.prefix + [57, 57, 48, 24][layer]
             tokens = torch.cat([prefix, patches], 1)
             assert torch.equal(after.unmerge(after.merge(tokens, "drop")), tokens)
         images = model.forward_intermediates(x, indices=[1, 2], intermediates_only=True, stop_early=True)
@@ -396,31 +397,13 @@ def test_timm_without_fused_attention_merges_alike():
         torch.testing.assert_close(case(model), fused, rtol=1e-4, atol=1e-5)
 
 
-def _train_on_two(rank, port, folder):
-    import os
-
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = tome.apply_patch(CASES["timm ViT"].build().train())
-    model.r = SCHEDULE
-    wrapped = DistributedDataParallel(model)
-    wrapped(tiny_vit.images()[rank : rank + 1]).square().mean().backward()
-    if rank == 0:
-        torch.save([weight.grad for weight in model.parameters()], f"{folder}/grads.pt")
-    dist.destroy_process_group()
-
-
 def test_data_parallel_training_in_two_processes(tmp_path):
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(_train_on_two, (port, tmp_path), nprocs=2, start_method="fork")
+    torch.multiprocessing.spawn(ddp_worker.train, (port, str(tmp_path), SCHEDULE), nprocs=2)
     model = tome.apply_patch(CASES["timm ViT"].build().train())
     model.r = SCHEDULE
     model(tiny_vit.images()).square().mean().backward()
@@ -524,7 +507,6 @@ def test_errors_name_what_was_given():
 def test_patching_twice_is_patching_once(case):
     case, model = case
     with torch.no_grad():
-        model.r = None
         tome.apply_patch(model)
         model.r = SCHEDULE
         once = case(model)
@@ -581,3 +563,213 @@ def test_what_drops_a_half_of_a_block_does_not_drop_the_merging(name, parts):
     after = call_of(case, model)["out"]
     merged = tome.source(model)
     torch.testing.assert_close(after, merged.unmerge(merged.merge(before)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "torchvision"])
+def test_reentrant_checkpointing_is_an_error_not_a_wrong_gradient(name):
+    case = CASES[name]
+    model = tome.apply_patch(case.build().train())
+    model.r = SCHEDULE
+    if name.startswith("timm"):
+        x = torch.randn(2, 65, 24, requires_grad=True)
+
+        def run():
+            out = x
+            for block in model.blocks:
+                out = torch.utils.checkpoint.checkpoint(block, out, use_reentrant=True)
+            return out
+    else:
+        model.activation_checkpointing_enable({"use_reentrant": True})
+
+        def run():
+            return tiny_vit.logits(case.run(model))
+
+    with pytest.raises(RuntimeError, match="use_reentrant=False works"):
+        run().square().mean().backward()
+
+
+class Moved(accelerate.hooks.ModelHook):
+    """Gives a module copies of its inputs, as accelerate does for one on another device."""
+
+    def pre_forward(self, module, *args, **kwargs):
+        return tuple(x.clone() if torch.is_tensor(x) else x for x in args), kwargs
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "timm EVA02", "transformers DINOv2", "transformers CLIP"])
+def test_inputs_that_accelerate_moves_merge_alike(name):
+    case = CASES[name]
+    model = tome.apply_patch(case.build())
+    model.r = SCHEDULE
+    with torch.no_grad():
+        want = case(model)
+        accelerate.hooks.add_hook_to_module(case.blocks(model)[2], Moved())
+        torch.testing.assert_close(case(model), want)
+
+
+def test_feature_extraction_by_tracing_is_an_error():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    for name, node in (
+        ("torchvision", "encoder.layers.encoder_layer_1.add_1"),
+        ("timm ViT", "blocks.1.add_1"),
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.fx does not see"):
+            create_feature_extractor(tome.apply_patch(CASES[name].build()), [node])
+
+
+def test_other_attention_implementations_are_refused_by_name():
+    case = CASES["transformers DINOv3"]
+    model = tome.apply_patch(case.build())
+    model.r = 8
+    model.set_attn_implementation("flex_attention")
+    with torch.no_grad(), pytest.raises(ValueError, match="flex_attention takes no sizes of tokens"):
+        case(model)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "torchvision"])
+def test_a_shortened_model_gives_back_all_tokens(name):
+    case = CASES[name]
+    model = tome.apply_patch(case.build())
+    model.r = SCHEDULE
+    layers = model.blocks if name == "timm ViT" else model.encoder.layers
+    del layers[-1]
+    assert layers(torch.randn(2, 65, 24)).shape == (2, 65, 24)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "torchvision"])
+def test_hooks_of_users_see_the_original_grid(name):
+    case = CASES[name]
+    model = tome.apply_patch(case.build())
+    model.r = SCHEDULE
+    with torch.no_grad():
+        want = case(model)
+        seen = []
+        case.blocks(model)[1].register_forward_hook(lambda m, args, out: seen.append(out.shape))
+        torch.testing.assert_close(case(model), want)
+    assert seen == [(2, 65, 24)]
+
+
+def test_a_forward_that_failed_leaves_a_model_that_can_be_copied():
+    case = CASES["timm ViT"]
+    model = tome.apply_patch(case.build())
+    model.r = SCHEDULE
+
+    def fail(module, args):
+        raise OSError("mid-block")
+
+    handle = model.blocks[2].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(OSError, match="mid-block"):
+        case(model)
+    handle.remove()
+    assert torch.equal(case(copy.deepcopy(model)), case(model))
+
+
+def test_r_may_be_set_on_the_network_too_and_is_nobody_elses():
+    case = CASES["transformers ViT"]
+    model = tome.apply_patch(case.build())
+    with torch.no_grad():
+        model.r = 8
+        want = case(model)
+        model.r = 0
+        model.vit.r = 8
+        assert torch.equal(case(model), want)
+        tome.remove_patch(model)
+    no_traces(model)
+    model.r = 0.5
+    with pytest.raises(ValueError, match="ViTForImageClassification has an attribute r of its own"):
+        tome.apply_patch(model)
+    assert model.r == 0.5
+
+
+def test_two_networks_in_a_model():
+    short = tiny_vit.randomised(timm().models.VisionTransformer(**{**tiny_vit.TIMM, "depth": 2}))
+    both = torch.nn.ModuleDict({"student": short, "teacher": CASES["timm ViT"].build()})
+    tome.apply_patch(both, trace_source=True)
+    x = tiny_vit.images()
+    with torch.no_grad():
+        both.r = [8, 4]
+        both.student(x)
+        both.teacher(x)
+        assert tome.source(both.student).groups == tome.source(both.teacher).groups == 65 - 12
+        with pytest.raises(ValueError, match="holds 2 vision transformers: pass one of them"):
+            tome.source(both)
+        both.r = [8, 4, 2]
+        with pytest.raises(ValueError, match="student: r has 3 numbers for 2 layers"):
+            both.student(x)
+        tome.remove_patch(both.student)
+        both.student(x)
+        both.teacher(x)
+        assert tome.source(both.teacher).groups == 65 - 14
+    tome.remove_patch(both)
+    no_traces(both)
+
+
+def test_sources_are_of_the_last_forward_and_of_known_layers():
+    model = tome.apply_patch(CASES["timm ViT"].build(), trace_source=True)
+    model.r = 8
+    x = tiny_vit.images()
+    with torch.no_grad():
+        model(x)
+        model.forward_intermediates(x, indices=[1], stop_early=True)
+        assert tome.source(model, 1).groups == 65 - 16
+        with pytest.raises(RuntimeError, match="no sources yet"):
+            tome.source(model)
+    for layer in (4, -5, "a"):
+        with pytest.raises(ValueError, match="layer must be from -4 to 3, got"):
+            tome.source(model, layer)
+    with pytest.raises(KeyError, match="'size' is none of r, source"):
+        model._tome_info["size"]
+
+
+def test_compiled_models_of_a_class_keep_apart():
+    """By default torch.compile does not look at hooks, and would run one's code for the other."""
+    case = CASES["timm ViT"]
+    for order in ((0, 1, 0, 1), (1, 0, 1, 0)):
+        models = [case.build(), case.build()]
+        tome.apply_patch(models[1])
+        models[1].r = SCHEDULE
+        with torch.no_grad():
+            want = [case(model) for model in models]
+            compiled = [torch.compile(model, backend="eager") for model in models]
+            for i in order:
+                torch.testing.assert_close(case(compiled[i]), want[i])
+        assert not torch.equal(*want)
+
+
+def test_a_compiled_model_can_be_patched():
+    case = CASES["timm ViT"]
+    model = case.build()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert tome.apply_patch(compiled) is compiled
+    with torch.no_grad():
+        model.r = SCHEDULE
+        torch.testing.assert_close(case(compiled), case(model))
+        tome.remove_patch(compiled)
+    no_traces(model)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "transformers DINOv3"])
+def test_compiles_once_more_for_all_other_batch_sizes(name):
+    from torch._dynamo.testing import CompileCounter
+
+    case = CASES[name]
+    model = tome.apply_patch(case.build())
+    model.r = SCHEDULE
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for batch in range(2, 8):
+            torch.testing.assert_close(case(compiled, batch), case(model, batch), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 2
+
+
+def test_exports_with_any_batch_size():
+    case = CASES["timm ViT"]
+    model = tome.apply_patch(case.build())
+    model.r = SCHEDULE
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with torch.no_grad():
+        exported = torch.export.export(model, (tiny_vit.images(),), dynamic_shapes=({0: batch},)).module()
+        for size in (2, 5):
+            x = tiny_vit.images(size)
+            torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)

@@ -30,7 +30,9 @@ def test_a_schedule_of_one_layer():
     assert tome.parse_r(1, (8, -1.0)) == [16]
 
 
-@pytest.mark.parametrize("r", ["8", 8.0, None, (8, "a"), (8, 1, 2), [8, 0.5], True])
+@pytest.mark.parametrize(
+    "r", [(True, 0.5), (8, True), [True], "8", 8.0, None, (8, "a"), (8, 1, 2), [8, 0.5], True]
+)
 def test_a_schedule_of_another_kind_is_an_error(r):
     with pytest.raises(TypeError, match="r must be an integer"):
         tome.parse_r(4, r)
@@ -128,6 +130,10 @@ def test_a_picture_of_another_image_is_an_error():
         tome.make_visualization(image, TokenMap.identity(2))
     with pytest.raises(ValueError, match="of one image, got 2"):
         tome.make_visualization(image, torch.eye(9).expand(2, 9, 9), 8)
+    with pytest.raises(ValueError, match="patch_size must be at least 1, got 0"):
+        tome.make_visualization(image, merged, 0)
+    with pytest.raises(TypeError, match="img must be a PIL image, got Tensor"):
+        tome.make_visualization(torch.ones(3, 16, 32), merged, 8)
 
 
 def test_a_benchmark_that_cannot_run_is_an_error():

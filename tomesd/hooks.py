@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from typing import Any
 
-import torch
 from torch import nn
 
 Args = tuple[Any, ...]
@@ -35,6 +33,13 @@ def is_named(module: object, names: tuple[str, ...]) -> bool:
 
 
 def recompile() -> None:
-    """Discards what torch.compile has made, as it does not look for hooks that came or went since."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+    """Discards what torch.compile has made, and makes it look at hooks from now on.
+
+    By default it takes one module for another that differs in its hooks alone: a patched model would run
+    the code of an unpatched one of its class.
+    """
+    import torch
+    import torch._dynamo
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()

@@ -8,7 +8,8 @@ from torch import Tensor
 from .partition import Grid, Partition
 from .token_map import TokenMap, _norm, _take
 
-# Similarities held at once by exact matching; more are computed in chunks of src rows.
+# Similarities held at once for each sample by exact matching; more are computed in chunks of src rows. The
+# size of the batch does not enter: compiled and exported programs may leave it open.
 CHUNK = 1 << 24
 
 
@@ -37,7 +38,7 @@ def match_exact(
     """
     src, dst = _rows(metric, partition.src), _rows(metric, partition.dst)
     unit, bad = _unit(dst)
-    chunk = max(1, CHUNK // max(1, unit.shape[0] * unit.shape[1]))
+    chunk = max(1, CHUNK // max(1, unit.shape[1]))
     products = (part @ unit.mT for part in src.split(chunk, dim=1))
     src_ids = None
     if ids is not None:

@@ -66,15 +66,21 @@ class TokenMap:
         """
         b, r = src.shape
         positions = torch.arange(n, device=src.device).expand(b, n)
-        stays = torch.ones(b, n, dtype=torch.bool, device=src.device).scatter(1, src, False)
+        stays = torch.ones_like(positions).scatter(1, src, 0)
         rank = stays.cumsum(1) - 1
         index = rank.gather(1, positions.scatter(1, src, dst))
         # Tokens that leave write to a spare last column, so that no data-dependent shape arises.
-        keep = src.new_zeros(b, n - r + 1).scatter(1, rank.where(stays, n - r), positions)[:, : n - r]
+        keep = src.new_zeros(b, n - r + 1).scatter(1, rank.where(stays == 1, n - r), positions)[:, : n - r]
         return cls(index, keep)
 
     def __repr__(self) -> str:
         return f"TokenMap({self.tokens} -> {self.groups} tokens, {self.index.shape[0]} samples)"
+
+    def __getitem__(self, samples: slice) -> TokenMap:
+        """The map of some of the samples."""
+        if not isinstance(samples, slice):
+            raise TypeError(f"a TokenMap is indexed by a slice of its samples, got {samples!r}")
+        return TokenMap(self.index[samples], self.keep[samples])
 
     @property
     def tokens(self) -> int:
@@ -106,7 +112,7 @@ class TokenMap:
         if then.tokens != self.groups:
             raise ValueError(f"a map of {then.tokens} tokens cannot follow one that leaves {self.groups}")
         batch = max(self.index.shape[0], then.index.shape[0])
-        if not {self.index.shape[0], then.index.shape[0]} <= {1, batch}:
+        if self.index.shape[0] not in (1, batch) or then.index.shape[0] not in (1, batch):
             raise ValueError(
                 f"maps of {self.index.shape[0]} and {then.index.shape[0]} samples cannot be composed"
             )

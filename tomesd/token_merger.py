@@ -55,17 +55,21 @@ class TokenMerger:
         if not 0 <= r <= s // 2:
             raise ValueError(f"r must be from 0 to {s // 2}, half of the {s} tokens, got {r}")
         if sequence_ids is not None:
+            if not isinstance(sequence_ids, Tensor):
+                raise TypeError(f"sequence_ids must be a tensor, got {type(sequence_ids).__name__}")
             if sequence_ids.is_floating_point() or sequence_ids.is_complex():
                 raise TypeError(f"sequence_ids must be integers, got {sequence_ids.dtype}")
             if sequence_ids.shape != (b, s):
                 raise ValueError(f"sequence_ids must be {[b, s]} as keys, got {list(sequence_ids.shape)}")
+        if not isinstance(mask_id, Integral):
+            raise TypeError(f"mask_id must be an integer, got {mask_id!r}")
         before = _as_map(adm, b, s)
         self.r: int = int(r)
         self.mask_id: int = mask_id
         self.map: TokenMap = (
             match_exact(keys, alternate(s, device=keys.device), self.r, sequence_ids, mask_id)
             if r
-            else TokenMap.identity(s, keys.device)
+            else TokenMap.from_index(torch.arange(s, device=keys.device).expand(b, -1), s)
         )
         self.total: TokenMap = self.map if before is None else before.compose(self.map)
         self.merged_ids: Tensor | None = (
@@ -114,7 +118,7 @@ def _as_map(adm: Tensor | TokenMap | None, b: int, s: int) -> TokenMap | None:
     if isinstance(adm, Tensor):
         if adm.dim() != 3 or adm.shape[:2] != (b, s):
             raise ValueError(f"adm must be [{b}, {s}, N] as keys, got {list(adm.shape)}")
-        member = adm != 0
+        member = adm.to_dense() != 0
         if not torch.compiler.is_compiling() and bool((member.sum(1) != 1).any()):
             raise ValueError(
                 "adm must have exactly one non-zero entry in each column: each token has one group"

@@ -48,7 +48,8 @@ def benchmark(
         )
     dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
     model = model.eval().to(device)
-    images = torch.rand(batch_size, *input_size, device=device)
+    weights = next(model.parameters(), torch.empty(0)).dtype
+    images = torch.rand(batch_size, *input_size, device=device).to(weights)
     start = 0.0
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=use_fp16):
         for run in tqdm(range(runs), desc="Benchmarking", disable=not verbose):

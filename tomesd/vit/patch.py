@@ -12,17 +12,21 @@ into m becomes s + (y + m - s) = m + y.
 
 From outside a block gives and takes tokens on the original grid, so dense outputs, hidden states, pooling
 and heads need no care: what they see is constant on groups of tokens. Blocks hand merged tokens to each other
-only inside of an `nn.Sequential`, where nobody looks in between. Which tokens are merged travels with the
-tokens, as an attribute of the tensor: so activation checkpointing recomputes each block on what it was given.
+only inside of an `nn.Sequential` whose blocks have no other hooks, where nobody looks in between. Which
+tokens are merged travels with the tokens, as an attribute of the tensor: so activation checkpointing
+recomputes each block on what it was given.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -39,6 +43,13 @@ OWNER = "_tomesd"
 STATE = "_tomesd_state"
 METRICS = ("tokens", "keys")
 MODES = ("mlerp", "mean")
+# Tokens are compared by so many of their channels. DINOv2-S keeps its accuracy with 128 of 384, and ViT-B saves
+# a twentieth of the time; figures in CHANGELOG.
+CHANNELS = 128
+# What a block knows during a forward only.
+TRANSIENT = ("handed", "before", "map", "size", "metric", "gain")
+# Index and survivors of the merged tokens, and whether nobody looks at them before the last block.
+State: TypeAlias = tuple[tuple[Tensor, Tensor] | None, bool]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -62,7 +73,8 @@ def apply_patch(
         trace_source: keep which tokens merged, for `source`.
         prop_attn: let attention count a merged token as many times as it has tokens; by default True, but for
             MAE. False is for models that are trained with merging.
-        metric: compare the tokens as they are after attention, or the keys of attention, as ToMe does.
+        metric: compare the tokens as they are after attention (their first 128 channels), or the keys of
+            attention, as ToMe does.
         mode: give a merged token the mean of its tokens, as ToMe does, or (`"mlerp"`; Kim et al., Token
             Fusion, 2024) the direction of the mean with the largest of their norms. ToMe's two choices are
             for models that were trained with it; the defaults lose less accuracy without training.
@@ -118,8 +130,12 @@ def remove_patch(model: Model) -> Model:
 def source(model: nn.Module, layer: int = -1) -> TokenMap:
     """Which of the original tokens, class token and all, each token held after a layer of the last forward.
 
+    Args:
+        layer: counted from 0, or from the last one backwards.
+
     Raises:
-        ValueError: the model is not patched, or not with `trace_source=True`, or has several networks.
+        ValueError: the model is not patched, or not with `trace_source=True`, or has several networks, or no
+            such layer.
         RuntimeError: it did not run yet.
     """
     patches = [vars(network.module).get(OWNER) for network in find_networks(model)]
@@ -152,12 +168,25 @@ class Options:
 
 def _apply(model: Model, package: str | None, options: Options) -> Model:
     networks = find_networks(model, package)
+    holder = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
+    if hasattr(holder, "r") and not any(True for _ in _patches_of(holder)):
+        raise ValueError(
+            f"{type(holder).__name__} has an attribute r of its own, which tomesd would overwrite"
+        )
     for network in networks:
         _detach(network.module)
     for network in networks:
-        setattr(network.module, OWNER, NetworkPatch(model, network, options))
+        setattr(network.module, OWNER, NetworkPatch(holder, network, options))
     recompile()
     return model
+
+
+def _patches_of(holder: nn.Module) -> Iterator[NetworkPatch]:
+    """The patches in a model that read its `r`."""
+    for module in holder.modules():
+        owner = vars(module).get(OWNER)
+        if owner is not None and owner.model is holder:
+            yield owner
 
 
 class NetworkPatch:
@@ -168,6 +197,8 @@ class NetworkPatch:
 
     def __init__(self, model: nn.Module, network: Network, options: Options) -> None:
         self.model = model
+        self.network = network.module
+        self.name = network.name or type(network.module).__name__
         self.trace_source = options.trace_source
         self.prop_attn = network.family.prop_attn if options.prop_attn is None else options.prop_attn
         self.metric = options.metric
@@ -175,6 +206,7 @@ class NetworkPatch:
         self.protected = network.family.prefix(network.module)
         self.layers = len(network.blocks)
         self.maps: list[TokenMap | None] = [None] * self.layers
+        self.sequence_first = False
         self.handles: list[RemovableHandle] = []
         model.r = 0  # type: ignore[assignment]
         model._tome_info = self  # type: ignore[assignment]
@@ -182,29 +214,56 @@ class NetworkPatch:
             BlockPatch(self, i, name, block, parts)
         if isinstance(network.container, nn.Sequential):
             self.handles.append(network.container.register_forward_pre_hook(self.enter))
+            self.handles.append(network.container.register_forward_hook(self.leave, prepend=True))
 
     def __getitem__(self, key: str) -> Any:
-        if key == "source":
-            return self.source(-1).source_matrix()
-        return self.model.r if key == "r" else getattr(self, key)
+        known = {"r": lambda: self.r, "source": lambda: self.source(-1).source_matrix()}
+        for name in ("trace_source", "prop_attn"):
+            known[name] = functools.partial(getattr, self, name)
+        if key not in known:
+            raise KeyError(f"{key!r} is none of {', '.join(known)}")
+        return known[key]()
+
+    @property
+    def r(self) -> Any:
+        """What the network itself says, or else the model that was patched."""
+        return vars(self.network).get("r", self.model.r)
 
     @property
     def schedule(self) -> list[int]:
         """How many tokens are to merge in each layer."""
-        return parse_r(self.layers, cast(Any, self.model.r))
+        try:
+            return parse_r(self.layers, self.r)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
 
     def source(self, layer: int) -> TokenMap:
         """The map from the original tokens to those after a layer of the last forward."""
+        if not isinstance(layer, int) or not -self.layers <= layer < self.layers:
+            raise ValueError(f"layer must be from {-self.layers} to {self.layers - 1}, got {layer!r}")
         found = self.maps[layer]
         if found is None:
             raise RuntimeError("no sources yet: run the model first")
         return found
 
-    def enter(self, container: nn.Module, args: Args) -> Args:
-        """Tells the first block that nobody looks at the tokens between the blocks."""
+    def enter(self, container: nn.Sequential, args: Args) -> Args | None:
+        """Tells the first block whether nobody looks at the tokens between the blocks."""
+        if any(len(block._forward_hooks) > 1 or len(block._forward_pre_hooks) > 1 for block in container):
+            return None
         x = args[0].view_as(args[0])
         setattr(x, STATE, (None, True))
         return (x, *args[1:])
+
+    def leave(self, container: nn.Sequential, args: Args, x: Tensor) -> Tensor:
+        """Gives back the tokens that the blocks have handed on merged."""
+        if not any(self.schedule):
+            return x
+        carried, inside = _state(x, f"the end of {self.name}'s blocks")
+        if carried is None or not inside:
+            return x
+        if self.sequence_first:
+            return carried.unmerge(x.transpose(0, 1)).transpose(0, 1)
+        return carried.unmerge(x)
 
 
 class BlockPatch:
@@ -216,6 +275,7 @@ class BlockPatch:
         self.name = name
         self.r = 0
         self.inside = False
+        self.handed: State | None = None
         self.before: TokenMap | None = None
         self.map: TokenMap | None = None
         self.size: Tensor | None = None
@@ -226,7 +286,7 @@ class BlockPatch:
         self.bias = Argument(attn, parts.bias)
         self.rope = Argument(attn, parts.rope) if parts.rope else None
         self.head_dim = getattr(attn, "head_dim", 0)
-        self.sequence_first = getattr(attn, "batch_first", True) is False
+        self.sequence_first = owner.sequence_first = getattr(attn, "batch_first", True) is False
         handles = owner.handles
         handles.append(block.register_forward_pre_hook(self.enter, with_kwargs=True))
         handles.append(block.get_submodule(parts.first).register_forward_pre_hook(self.begin))
@@ -238,11 +298,23 @@ class BlockPatch:
         handles.append(block.get_submodule(parts.leave).register_forward_hook(self.unmerge))
         handles.append(block.register_forward_hook(self.leave, prepend=True))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What a forward that failed has left behind has a history, which cannot be copied.
+        return {**vars(self), **dict.fromkeys(TRANSIENT)}
+
     def enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        x = self.tokens.get(args, kwargs)
+        if isinstance(x, torch.fx.Proxy):
+            raise RuntimeError(
+                "tomesd: torch.fx does not see which tokens merge (feature extractors use it): remove_patch "
+                "first, or read hidden states or forward_intermediates of the model itself"
+            )
+        if self.layer == 0:
+            self.owner.maps = [None] * self.owner.layers
         if not any(self.owner.schedule[: self.layer]):
             return None
-        x = self.tokens.get(args, kwargs)
         before, inside = _state(x, self.name)
+        self.handed = getattr(x, STATE)
         if before is None or inside:
             return None
         merged = self._back(before.merge(self._batch_first(x), "drop"))
@@ -251,9 +323,15 @@ class BlockPatch:
 
     def begin(self, part: nn.Module, args: Args) -> None:
         # Not at the block itself: what checkpointing of transformers recomputes begins after its hooks.
-        schedule = self.owner.schedule
-        self.before, self.inside = getattr(args[0], STATE, (None, False))
-        self.before = _map(self.before) if any(schedule[: self.layer]) else None
+        x, schedule = args[0], self.owner.schedule
+        handed, self.handed = self.handed, None
+        if handed is not None and not hasattr(x, STATE):
+            setattr(x, STATE, handed)  # accelerate has moved the tokens to the device of this block
+        self.before, self.inside = None, False
+        if any(schedule[: self.layer]):
+            self.before, self.inside = _state(x, self.name)
+        elif hasattr(x, STATE):
+            self.inside = _state(x, self.name)[1]
         self.r = schedule[self.layer]
         self.size = None if self.before is None else self.before.sizes
         self.map = self.metric = self.gain = None
@@ -263,9 +341,16 @@ class BlockPatch:
             self.metric = _mean_keys(attn, self._batch_first(args[0] if args else kwargs["query"]))
         if self.r == 0 and self.before is None:
             return None
+        kind = getattr(getattr(attn, "config", None), "_attn_implementation", "sdpa")
+        if self.owner.prop_attn and kind not in ("eager", "sdpa"):
+            raise ValueError(
+                f"tomesd: {kind} takes no sizes of tokens: set_attn_implementation('sdpa'), or patch with "
+                "prop_attn=False"
+            )
         if self.bias.get(args, kwargs) is not None or kwargs.get("is_causal"):
             raise ValueError(
-                f"tomesd: {self.name} was given an attention mask, which merged tokens have none of"
+                f"tomesd: {self.name} was given an attention mask, which merged tokens have none of. "
+                "(torch.export makes some models of transformers give one; those cannot be exported merged)"
             )
         if self.before is None:
             return None
@@ -300,8 +385,11 @@ class BlockPatch:
         r = min(self.r, (x.shape[1] - self.owner.protected) // 2)
         if r <= 0:
             return None
-        metric = x.detach() if self.metric is None else self.metric
-        self.map = match_exact(metric, alternate(x.shape[1], self.owner.protected, x.device), r)
+        metric = x.detach()[..., :CHANNELS] if self.metric is None else self.metric
+        partition = alternate(x.shape[1], self.owner.protected, x.device)
+        # In half precision many cosines near 1 are equal, and the accuracy of the model suffers.
+        with torch.autocast(x.device.type, enabled=False):
+            self.map = match_exact(metric.float(), partition, r)
         size = None if self.size is None else self.size.expand(x.shape[0], -1)
         merged = self.map.merge(x, self.owner.mode, size)
         self.gain = merged - self.map.merge(x, "drop")
@@ -318,14 +406,13 @@ class BlockPatch:
         if self.map is not None:
             x = self.map.merge(x, "drop")
             after = self.map if after is None else after.compose(self.map)
-        last = self.layer == self.owner.layers - 1
-        if after is not None and (last or not self.inside):
+        if after is not None and not self.inside:
             x = after.unmerge(x)
         if self.owner.trace_source:
             self.owner.maps[self.layer] = after or TokenMap.identity(x.shape[1], x.device)
         self.before = self.map = self.size = self.metric = self.gain = None
         x = self._back(x)
-        if not last and any(self.owner.schedule[: self.layer + 1]):
+        if any(self.owner.schedule[: self.layer + 1]):
             setattr(x, STATE, (None if after is None else (after.index, after.keep), self.inside))
         return x
 
@@ -356,15 +443,11 @@ def _state(x: Tensor, where: str) -> tuple[TokenMap | None, bool]:
     if not hasattr(x, STATE):
         raise RuntimeError(
             f"tomesd: the tokens at {where} do not come straight from the block before it. Something between "
-            "them made a new tensor: a hook, an adapter, or activation checkpointing with use_reentrant=True "
-            "(use_reentrant=False works). Without it, or with model.r = 0, it runs"
+            "them made a new tensor: a hook, an adapter, FSDP, or activation checkpointing with "
+            "use_reentrant=True (use_reentrant=False works). Without it, or with model.r = 0, it runs"
         )
     carried, inside = getattr(x, STATE)
-    return _map(carried), inside
-
-
-def _map(carried: tuple[Tensor, Tensor] | None) -> TokenMap | None:
-    return None if carried is None else TokenMap(*carried)
+    return (None if carried is None else TokenMap(*(part.to(x.device) for part in carried))), inside
 
 
 def _first_parameter(block: nn.Module) -> str:
@@ -391,6 +474,8 @@ def _detach(network: nn.Module) -> bool:
     for handle in owner.handles:
         handle.remove()
     delattr(network, OWNER)
-    for name in ("r", "_tome_info"):
-        vars(owner.model).pop(name, None)
+    vars(network).pop("r", None)
+    if not any(True for _ in _patches_of(owner.model)):
+        for name in ("r", "_tome_info"):
+            vars(owner.model).pop(name, None)
     return True

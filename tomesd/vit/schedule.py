@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TypeAlias
 
-R: TypeAlias = int | tuple[int, float] | Sequence[int]
+R: TypeAlias = int | tuple[int, float] | list[int]
 
 
 def parse_r(layers: int, r: R) -> list[int]:
@@ -24,7 +23,10 @@ def parse_r(layers: int, r: R) -> list[int]:
 
     Source: Bolya et al., Token Merging: Your ViT But Faster, 2023.
     """
-    if isinstance(r, Integral) and not isinstance(r, bool):
+    numbers = r if isinstance(r, tuple | list) else (r,)
+    if any(isinstance(number, bool) for number in numbers):
+        raise TypeError(f"r must be an integer, (integer, inflection) or a list of integers, got {r!r}")
+    if isinstance(r, Integral):
         each = [int(r)] * layers
     elif isinstance(r, tuple) and len(r) == 2 and isinstance(r[0], Integral) and isinstance(r[1], Real):
         mean, inflection = int(r[0]), float(r[1])
@@ -33,7 +35,7 @@ def parse_r(layers: int, r: R) -> list[int]:
         first = int(mean * (1 - inflection))
         step = 2 * (mean - first) / max(1, layers - 1)
         each = [int(first + step * layer) for layer in range(layers)]
-    elif isinstance(r, list) and all(isinstance(n, Integral) and not isinstance(n, bool) for n in r):
+    elif isinstance(r, list) and all(isinstance(n, Integral) for n in r):
         if len(r) > layers:
             raise ValueError(f"r has {len(r)} numbers for {layers} layers")
         each = [int(n) for n in r] + [0] * (layers - len(r))

@@ -32,10 +32,15 @@ def make_visualization(
         A picture of the size of `img`.
 
     Raises:
+        TypeError: the image is no PIL image.
         ValueError: a source of several images, or one whose tokens are not the patches of this image.
     """
     from PIL import Image
 
+    if not isinstance(img, Image.Image):
+        raise TypeError(f"img must be a PIL image, got {type(img).__name__}")
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     index = source.index if isinstance(source, TokenMap) else _index(source)
     if index.shape[0] != 1:
         raise ValueError(f"the source must be of one image, got {index.shape[0]}: pass source[i : i + 1]")

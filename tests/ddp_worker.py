@@ -1,0 +1,25 @@
+"""What each process of the test of data-parallel training does; new processes import this module alone."""
+
+import os
+
+
+def train(rank: int, port: int, folder: str, schedule: list[int]) -> None:
+    import torchvision_ops
+
+    torchvision_ops.define()
+    import tiny_vit
+    import torch
+    import torch.distributed as dist
+
+    import tomesd.vit as tome
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = tome.apply_patch(tiny_vit.CASES["timm ViT"].build().train())
+    model.r = schedule
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    wrapped(tiny_vit.images()[rank : rank + 1]).square().mean().backward()
+    if rank == 0:
+        torch.save([weight.grad for weight in model.parameters()], f"{folder}/grads.pt")
+    dist.destroy_process_group()
