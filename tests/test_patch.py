@@ -264,3 +264,17 @@ def test_import_loads_torch_only():
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_compiled_networks_of_a_class_keep_apart():
+    """By default torch.compile does not look at hooks, and would run one's code for the other."""
+    call = (torch.randn(1, 4, 16, 16), 5, torch.randn(1, 7, tiny.TEXT))
+    for order in ((0, 1, 0, 1), (1, 0, 1, 0)):
+        networks = [tiny.small_unet(), tiny.small_unet()]
+        tomesd.apply_patch(networks[1])
+        with torch.no_grad():
+            want = [network(*call).sample for network in networks]
+            compiled = [torch.compile(network, backend="eager") for network in networks]
+            for i in order:
+                torch.testing.assert_close(compiled[i](*call).sample, want[i])
+        assert not torch.equal(*want)

@@ -43,8 +43,8 @@ OWNER = "_tomesd"
 STATE = "_tomesd_state"
 METRICS = ("tokens", "keys")
 MODES = ("mlerp", "mean")
-# Tokens are compared by so many of their channels. DINOv2-S keeps its accuracy with 128 of 384, and ViT-B saves
-# a twentieth of the time; figures in CHANGELOG.
+# Tokens are compared by so many of their channels. DINOv2-S keeps its accuracy with 128 of 384, and ViT-B
+# saves a twentieth of the time; figures in CHANGELOG.
 CHANNELS = 128
 # What a block knows during a forward only.
 TRANSIENT = ("handed", "before", "map", "size", "metric", "gain")
@@ -77,7 +77,7 @@ def apply_patch(
             attention, as ToMe does.
         mode: give a merged token the mean of its tokens, as ToMe does, or (`"mlerp"`; Kim et al., Token
             Fusion, 2024) the direction of the mean with the largest of their norms. ToMe's two choices are
-            for models that were trained with it; the defaults lose less accuracy without training.
+            for training and for models that were trained with it; the defaults lose less accuracy without.
 
     Returns:
         The same model.

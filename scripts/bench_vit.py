@@ -1,0 +1,272 @@
+"""How much faster do timm's vision transformers run with merged tokens, and how much faster could they?
+
+    python scripts/bench_vit.py --csv vit.csv --plot vit.png     everything; meant for a GPU
+    python scripts/bench_vit.py --quick                          one small model, a minute on two cores
+    python scripts/bench_vit.py --models vit_large_patch16@384 --rs 23 23,-1 --batches 8 --compiled
+    python scripts/bench_vit.py --plot-only vit.csv --plot vit.png
+
+Compared in one run, interleaved, with random weights that all ways share: plain (no patch, fused attention),
+ours (tomesd.vit, with each of --variants) and ideal (tokens cut by slicing in the middle of each block, to as
+many as ours has, with no matching, no bias and nothing given back). A speedup is plain / way and a share is
+(plain - way) / (plain - ideal), of medians; it is left out where the ideal saves less than a twentieth. The
+error is how far the output is from plain's, relative to its norm; of accuracy it says nothing.
+
+By default r is 0.96 * tokens / layers, rounded: 16 for ViT-B and 8 for ViT-L at 224, 23 for ViT-L at 384, as
+in the paper of ToMe. About half of the tokens are left in the middle and few at the end; the last layer may
+merge fewer than r, as at most half of the tokens merge at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import functools
+import itertools
+import platform
+import re
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision_ops
+from torch import Tensor, nn
+from tqdm import tqdm
+
+torchvision_ops.define()
+
+import timm  # noqa: E402
+
+import tomesd.vit as tome  # noqa: E402
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "prop_attn=False": {"prop_attn": False},
+    "as-ToMe": {"metric": "keys", "mode": "mean"},
+}
+MODELS = ["vit_base_patch16", "vit_large_patch16", "vit_base_patch14_dinov2@518"]
+# The first compiles and allocates, the second still finds cold caches.
+WARM_UP = 2
+Row = dict[str, Any]
+
+
+def view(model: nn.Module) -> Any:
+    """A copy that shares the weights, so that peak memory counts them once."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+
+
+def merged(model: nn.Module, r: str, **options: Any) -> Any:
+    """A view of the model that merges by `r`, a number or `r,inflection`."""
+    number, _, inflection = r.partition(",")
+    ours = tome.apply_patch(view(model), **options)
+    ours.r = (int(number), float(inflection)) if inflection else int(number)
+    return ours
+
+
+def sliced(model: nn.Module, counts: list[int]) -> Any:
+    """A view of the model that keeps the first `counts[i]` tokens after the attention of block i."""
+    cut = view(model)
+    for block, count in zip(cut.blocks, counts, strict=True):
+        if type(block).__name__ != "Block":
+            raise ValueError(f"the ideal is written for timm's Block, not for {type(block).__name__}")
+        block.forward = functools.partial(sliced_forward, block, count)
+    return cut
+
+
+def sliced_forward(block: Any, count: int, x: Tensor) -> Tensor:
+    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+    x = x[:, :count]
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+@torch.inference_mode()
+def token_counts(model: Any, r: str, tokens: int, image: Tensor) -> list[int]:
+    """How many tokens ours has after each layer."""
+    traced = merged(model, r, trace_source=True)
+    traced(image)
+    layers = range(len(model.blocks))
+    # The forward of Block is restated above; should timm change its own, this shows.
+    torch.testing.assert_close(sliced(model, [tokens for _ in layers])(image), model(image))
+    return [tome.source(traced, layer).groups for layer in layers]
+
+
+def smooth_images(batch: int, size: int) -> Tensor:
+    """Images whose patches resemble their neighbours: `[batch, 3, size, size]`."""
+    coarse = torch.randn(batch, 3, max(2, size // 32), max(2, size // 32))
+    fine = nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+    return fine + 0.1 * torch.randn_like(fine)
+
+
+def bench(config: tuple[Any, ...], args: argparse.Namespace, bar: tqdm) -> list[Row]:
+    """A row for each way to run one model."""
+    (name, size), dtype, batch, r, compiled = config
+    full = name if timm.is_model(name) else f"{name}_224"
+    torch.manual_seed(0)  # here, so that eager and compiled are given the same
+    model: Any = timm.create_model(full, img_size=size).to(args.device, getattr(torch, dtype)).eval()
+    images = smooth_images(batch, size).to(args.device, getattr(torch, dtype))
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    if r == "auto":
+        r = str(round(0.96 * tokens / len(model.blocks)))
+    counts = token_counts(model, r, tokens, images[:1])
+    ways: dict[str, Any] = {"plain": model}
+    ways |= {f"ours, {variant}": merged(model, r, **VARIANTS[variant]) for variant in args.variants}
+    ways["ideal"] = sliced(model, counts)
+    if compiled:
+        # What was compiled before counts against the limit of recompilations. And without guards on hooks
+        # torch runs what it compiled for one view for another that differs in nothing but hooks.
+        torch.compiler.reset()
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        ways = {way: torch.compile(network) for way, network in ways.items()}
+    what = {"model": name, "size": size, "dtype": dtype, "batch": batch, "compiled": compiled, "r": r}
+    what |= {"tokens": tokens, "middle": counts[len(counts) // 2 - 1], "left": counts[-1]}
+    return [{**what, **row} for row in measure(ways, images, args.rounds, bar)]
+
+
+@torch.inference_mode()
+def measure(ways: dict[str, nn.Module], images: Tensor, rounds: int, bar: tqdm) -> list[Row]:
+    """What each way takes; they run in turns."""
+    cuda = images.device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    peak = dict.fromkeys(ways, 0)
+    outputs: dict[str, Tensor] = {}
+    for turn in range(WARM_UP + rounds):
+        for way, network in ways.items():
+            if turn == WARM_UP and cuda:
+                torch.cuda.reset_peak_memory_stats()
+            wait()
+            begin = time.perf_counter()
+            output = network(images)
+            wait()
+            if turn >= WARM_UP:
+                seconds[way].append(time.perf_counter() - begin)
+            if turn == WARM_UP:
+                outputs[way] = output.float().cpu()
+                peak[way] = torch.cuda.max_memory_allocated() >> 20 if cuda else 0
+            del output  # or it would count as memory of the next way
+            bar.update()
+    median = {way: statistics.median(times) for way, times in seconds.items()}
+    saved = median["plain"] - median["ideal"]
+    rows = []
+    for way, times in seconds.items():
+        # Inclusive, as the other kind reaches past the extremes of a few rounds.
+        p20, *_, p80 = statistics.quantiles(times, n=5, method="inclusive")
+        share = (median["plain"] - median[way]) / saved if saved > 0.05 * median["plain"] else None
+        error = (outputs[way] - outputs["plain"]).norm() / outputs["plain"].norm()
+        row = {"way": way, "median_s": f"{median[way]:.5f}", "p20_s": f"{p20:.5f}", "p80_s": f"{p80:.5f}"}
+        row |= {"images_per_s": f"{len(images) / median[way]:.1f}"}
+        row |= {"speedup": f"{median['plain'] / median[way]:.3f}", "error": f"{error:.4f}"}
+        rows.append({**row, "share": "" if share is None else f"{share:.3f}", "peak_mib": peak[way] or ""})
+    return rows
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    split = [model.partition("@") for model in args.models]
+    models = [(name, side) for name, _, at in split for side in ([int(at)] if at else args.sizes)]
+    modes = [False, True] if args.compiled else [False]
+    configs = list(itertools.product(models, args.dtypes, args.batches, args.rs, modes))
+    where = environment(args.device)
+    rows: list[Row] = []
+    total = len(configs) * (len(args.variants) + 2) * (WARM_UP + args.rounds)
+    with tqdm(total=total, unit="run") as bar:
+        for config in configs:
+            bar.set_postfix_str(str(config))
+            new = bench(config, args, bar)
+            for row in [{key: key for key in new[0]}, *new] if not rows else new:
+                bar.write(" ".join(f"{value!s:>{max(8, len(key))}}" for key, value in row.items()))
+            rows += [{**row, **where} for row in new]
+            if args.csv:  # each time, as a long run may be stopped
+                with args.csv.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, list(rows[0]))
+                    writer.writeheader()
+                    writer.writerows(rows)
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    return rows
+
+
+def environment(device: str) -> Row:
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        found = re.search(r"model name\s*: (.*)", info)
+        name = found[1] if found else platform.machine()
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    versions = {"torch": torch.__version__, "timm": timm.__version__, "commit": commit}
+    return {"device": name, "threads": torch.get_num_threads(), **versions}
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Bars of the speedup of each way, a panel for each device, dtype and kind of running."""
+    import matplotlib.pyplot as plt
+
+    for row in rows:
+        kind = "compiled" if row["compiled"] == "True" else "eager"
+        row["panel"] = f"{row['device']}, torch {row['torch']}, {row['dtype']}, {kind}"
+        row["group"] = f"{row['model']}\n{row['size']} px, r = {row['r']}\nbatch {row['batch']}"
+    panels, ways, groups = (list(dict.fromkeys(r[key] for r in rows)) for key in ("panel", "way", "group"))
+    size = (max(7, 1.6 * len(groups)), 0.6 + 3 * len(panels))
+    figure, axes = plt.subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
+    width = 0.8 / len(ways)
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        here = [row for row in rows if row["panel"] == panel]
+        for i, way in enumerate(ways):
+            # What was measured twice is drawn as it was measured last.
+            bars = list({row["group"]: row for row in here if row["way"] == way}.values())
+            x = [groups.index(row["group"]) + (i - (len(ways) - 1) / 2) * width for row in bars]
+            columns = ("p80_s", "median_s", "p20_s", "speedup")
+            *seconds, speed = torch.tensor([[float(row[key]) for row in bars] for key in columns])
+            low, middle, high = (speed * seconds[1] / taken for taken in seconds)
+            spread = torch.stack([middle - low, high - middle]).numpy()
+            colour = {"plain": "0.8", "ideal": "0.5"}.get(way, f"C{i - 1}")
+            axis.bar(x, middle, width, yerr=spread, label=way, color=colour, capsize=2, ecolor="0.2")
+        axis.axhline(1, color="0.4", linewidth=0.8)
+        axis.set_title(panel, fontsize=9)
+        axis.set(ylabel="speed, plain = 1", xticks=range(len(groups)), xlim=(-0.5, len(groups) - 0.5))
+        axis.set_xticklabels(groups, fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ways))
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--models", nargs="+", default=MODELS, help="names of timm, or name@size")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 384], help="for models without @size")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--rs", nargs="+", default=["auto"], help="auto, r or r,inflection")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:2])
+    parser.add_argument("--compiled", action="store_true", help="through torch.compile as well")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", type=Path, help="write all figures there")
+    parser.add_argument("--plot", type=Path, help="draw the speedups there")
+    parser.add_argument("--plot-only", type=Path, nargs="+", metavar="CSV", help="only draw these")
+    parser.add_argument("--quick", action="store_true", help="ViT-S at 224, batch 8, float32, 5 rounds")
+    args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds has to be at least 2")
+    if args.plot_only and not args.plot:
+        parser.error("--plot-only needs --plot")
+    if args.quick:
+        args.models, args.batches, args.dtypes, args.rounds = ["vit_small_patch16@224"], [8], ["float32"], 5
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    timm.layers.set_fused_attn(True)
+    if args.plot_only:
+        rows = [row for path in args.plot_only for row in csv.DictReader(path.read_text().splitlines())]
+    else:
+        rows = [{key: str(value) for key, value in row.items()} for row in run(args)]
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Accuracy and speed of a vision transformer on a folder of pictures, plain and with merging.
+
+    python scripts/validate.py --data imagenet/val --model vit_base_patch16_224 --r 0 8 13 16:-1
+    accelerate launch scripts/validate.py --data imagenet/val --model google/vit-base-patch16-224
+
+The folder holds one folder for each class; sorted by name they are in the order of the model's classes, as
+ImageNet's synsets are. A model is one of timm by its name there, or, where its name has a slash, one of
+transformers from the hub or a local folder. With `accelerate launch` each GPU takes its share of pictures,
+and speed is that of all together, the loading of pictures included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchvision_ops
+from torch import Tensor, nn
+
+torchvision_ops.define()
+
+from accelerate import Accelerator  # noqa: E402
+from eval_vit import parse_setting  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from torchvision.datasets import ImageFolder  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import tomesd.vit as tome  # noqa: E402
+
+
+def load(name: str, pretrained: bool) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    """The model, and what turns a PIL picture into its input."""
+    if "/" in name:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+        if pretrained:
+            model = AutoModelForImageClassification.from_pretrained(name)
+        else:
+            model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name))
+        processor = AutoImageProcessor.from_pretrained(name)
+        return model, lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0]
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    model = timm.create_model(name, pretrained=pretrained)
+    return model, create_transform(**resolve_model_data_config(model), is_training=False)
+
+
+@torch.inference_mode()
+def validate(
+    model: nn.Module, loader: DataLoader, what: str, accelerator: Accelerator
+) -> tuple[Tensor, float]:
+    """Top-1 and top-5 accuracy in per cent, and pictures per second."""
+    hits = []
+    begin = time.perf_counter()
+    for pictures, classes in tqdm(loader, desc=what, disable=not accelerator.is_local_main_process):
+        output = model(pictures)
+        logits = output if isinstance(output, Tensor) else output.logits
+        guesses = logits.topk(min(5, logits.shape[1])).indices
+        hit = guesses == classes[:, None]
+        # Pictures that fill up the last batch of several processes are left out again.
+        hits.append(accelerator.gather_for_metrics(torch.stack([hit[:, 0], hit.any(1)], dim=1)).cpu())
+    every = torch.cat(hits).float()
+    return 100 * every.mean(0), len(every) / (time.perf_counter() - begin)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="folder with one folder of pictures for each class")
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--r", nargs="+", default=["0", "8"], help="8, 8:-1 (inflection) or 8,8,4 (layers)")
+    parser.add_argument("--prop-attn", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--batch-size", type=int, default=64, help="of each process")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--mixed-precision", choices=["no", "fp16", "bf16"], default="no")
+    args = parser.parse_args()
+
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    model, transform = load(args.model, args.pretrained)
+    # ImageFolder itself opens pictures as RGB.
+    data = ImageFolder(args.data, transform)
+    loader = DataLoader(data, args.batch_size, num_workers=args.workers, pin_memory=torch.cuda.is_available())
+    model, loader = accelerator.prepare(model.eval(), loader)
+    accelerator.print(f"{args.model}: {len(data)} pictures of {len(data.classes)} classes")
+    bare = accelerator.unwrap_model(model)
+    for setting in args.r:
+        r = parse_setting(setting)
+        if r == 0:
+            tome.remove_patch(bare)
+        else:
+            tome.apply_patch(bare, prop_attn=args.prop_attn)
+            bare.r = r
+        name = "plain" if r == 0 else f"r = {setting}"
+        (top1, top5), speed = validate(model, loader, name, accelerator)
+        accelerator.print(
+            f"{name:>12}  top-1 {top1:.2f}  top-5 {top5:.2f}  {speed:.1f} pictures/s", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
