@@ -260,8 +260,9 @@ def test_explain_of_an_unpatched_model_and_wrong_sizes():
 
 def test_import_loads_torch_only():
     code = (
-        "import sys, tomesd.vit; heavy = {'diffusers', 'transformers', 'timm', 'PIL', 'triton', 'torch._dynamo'};"
-        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+        "import sys, tomesd.vit;"
+        "heavy = {'diffusers', 'transformers', 'timm', 'PIL', 'triton', 'torch._dynamo'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -123,7 +123,8 @@ def find_networks(model: object) -> list[tuple[str, nn.Module, Family]]:
         known = "; ".join(f"{family.name} ({', '.join(family.networks)})" for family in FAMILIES)
         seen = f" (it has {', '.join(type(part).__name__ for _, part in parts)})" if len(parts) > 1 else ""
         raise ValueError(
-            f"{type(model).__name__} holds no network that tomesd knows{seen}. Known are {known}"
+            f"{type(model).__name__} holds no network that tomesd knows{seen}. Known are {known}; for vision "
+            "transformers there is tomesd.vit.apply_patch"
         )
     return list(found.values())
 

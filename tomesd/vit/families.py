@@ -222,7 +222,7 @@ def find_networks(model: object, package: str | None = None) -> list[Network]:
         kind = (
             f"the class {model.__name__}: make one first" if isinstance(model, type) else type(model).__name__
         )
-        raise TypeError(f"expected a torch module, got {kind}")
+        raise TypeError(f"expected a torch module, got {kind} (for pipelines there is tomesd.apply_patch)")
     found = []
     for name, module in model.named_modules():
         for names, reason in REFUSED.items():
@@ -236,7 +236,8 @@ def find_networks(model: object, package: str | None = None) -> list[Network]:
         known = "; ".join(f"{row.name} ({', '.join(row.networks)})" for row in rows)
         of = f" of {package}" if package else ""
         raise ValueError(
-            f"{type(model).__name__} holds no vision transformer{of} that tomesd knows. Known are {known}"
+            f"{type(model).__name__} holds no vision transformer{of} that tomesd knows. Known are {known}; "
+            "for Stable Diffusion there is tomesd.apply_patch"
         )
     return found
 

@@ -23,7 +23,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import torch
 import torch.fx
@@ -41,8 +41,6 @@ from .schedule import parse_r
 
 OWNER = "_tomesd"
 STATE = "_tomesd_state"
-METRICS = ("tokens", "keys")
-MODES = ("mlerp", "mean")
 # Tokens are compared by so many of their channels. DINOv2-S keeps its accuracy with 128 of 384, and ViT-B
 # saves a twentieth of the time; figures in CHANGELOG.
 CHANNELS = 128
@@ -52,6 +50,8 @@ TRANSIENT = ("handed", "before", "map", "size", "metric", "gain")
 State: TypeAlias = tuple[tuple[Tensor, Tensor] | None, bool]
 
 Model = TypeVar("Model", bound=nn.Module)
+Metric: TypeAlias = Literal["tokens", "keys"]
+Mode: TypeAlias = Literal["mlerp", "mean"]
 
 
 def apply_patch(
@@ -59,8 +59,8 @@ def apply_patch(
     trace_source: bool = False,
     prop_attn: bool | None = None,
     *,
-    metric: Literal["tokens", "keys"] = "tokens",
-    mode: Literal["mlerp", "mean"] = "mlerp",
+    metric: Metric = "tokens",
+    mode: Mode = "mlerp",
 ) -> Model:
     """Makes the vision transformers in a model merge `model.r` tokens in each layer.
 
@@ -92,26 +92,52 @@ def apply_patch(
     return _apply(model, None, Options(trace_source, prop_attn, metric, mode))
 
 
-def timm(model: Model, trace_source: bool = False, prop_attn: bool | None = None, **options: Any) -> Model:
+def timm(
+    model: Model,
+    trace_source: bool = False,
+    prop_attn: bool | None = None,
+    *,
+    metric: Metric = "tokens",
+    mode: Mode = "mlerp",
+) -> Model:
     """`apply_patch` for models of timm."""
-    return _apply(model, "timm", Options(trace_source, prop_attn, **options))
+    return _apply(model, "timm", Options(trace_source, prop_attn, metric, mode))
 
 
-def swag(model: Model, trace_source: bool = False, prop_attn: bool | None = None, **options: Any) -> Model:
+def swag(
+    model: Model,
+    trace_source: bool = False,
+    prop_attn: bool | None = None,
+    *,
+    metric: Metric = "tokens",
+    mode: Mode = "mlerp",
+) -> Model:
     """`apply_patch` for models of SWAG and torchvision."""
-    return _apply(model, "swag", Options(trace_source, prop_attn, **options))
+    return _apply(model, "swag", Options(trace_source, prop_attn, metric, mode))
 
 
-def mae(model: Model, trace_source: bool = False, prop_attn: bool = False, **options: Any) -> Model:
+def mae(
+    model: Model,
+    trace_source: bool = False,
+    prop_attn: bool = False,
+    *,
+    metric: Metric = "tokens",
+    mode: Mode = "mlerp",
+) -> Model:
     """`apply_patch` for models of MAE, which are timm's, without proportional attention by default."""
-    return _apply(model, "timm", Options(trace_source, prop_attn, **options))
+    return _apply(model, "timm", Options(trace_source, prop_attn, metric, mode))
 
 
 def transformers(
-    model: Model, trace_source: bool = False, prop_attn: bool | None = None, **options: Any
+    model: Model,
+    trace_source: bool = False,
+    prop_attn: bool | None = None,
+    *,
+    metric: Metric = "tokens",
+    mode: Mode = "mlerp",
 ) -> Model:
     """`apply_patch` for models of transformers."""
-    return _apply(model, "transformers", Options(trace_source, prop_attn, **options))
+    return _apply(model, "transformers", Options(trace_source, prop_attn, metric, mode))
 
 
 def remove_patch(model: Model) -> Model:
@@ -152,18 +178,17 @@ class Options:
 
     trace_source: bool
     prop_attn: bool | None
-    metric: str = "tokens"
-    mode: str = "mlerp"
+    metric: Metric
+    mode: Mode
 
     def __post_init__(self) -> None:
         if not isinstance(self.trace_source, bool):
             raise TypeError(f"trace_source must be a bool, got {self.trace_source!r}")
         if not isinstance(self.prop_attn, bool | None):
             raise TypeError(f"prop_attn must be a bool or None, got {self.prop_attn!r}")
-        if self.metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        for name, known in (("metric", get_args(Metric)), ("mode", get_args(Mode))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 def _apply(model: Model, package: str | None, options: Options) -> Model:
