@@ -673,6 +673,8 @@ def test_r_may_be_set_on_the_network_too_and_is_nobody_elses():
         model.r = 0
         model.vit.r = 8
         assert torch.equal(case(model), want)
+        tome.apply_patch(model.vit)
+        assert model.vit.r == 0
         tome.remove_patch(model)
     no_traces(model)
     model.r = 0.5

@@ -210,7 +210,7 @@ def _patches_of(holder: nn.Module) -> Iterator[NetworkPatch]:
     """The patches in a model that read its `r`."""
     for module in holder.modules():
         owner = vars(module).get(OWNER)
-        if owner is not None and owner.model is holder:
+        if owner is not None and holder in (owner.model, module):
             yield owner
 
 
@@ -328,6 +328,7 @@ class BlockPatch:
         return {**vars(self), **dict.fromkeys(TRANSIENT)}
 
     def enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        self.handed = None
         x = self.tokens.get(args, kwargs)
         if isinstance(x, torch.fx.Proxy):
             raise RuntimeError(
