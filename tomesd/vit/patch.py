@@ -41,8 +41,8 @@ from .schedule import parse_r
 
 OWNER = "_tomesd"
 STATE = "_tomesd_state"
-# Tokens are compared by so many of their channels. DINOv2-S keeps its accuracy with 128 of 384, and ViT-B
-# saves a twentieth of the time; figures in CHANGELOG.
+# Tokens are compared by so many of their channels: with 128 of 384 DINOv2-S keeps its accuracy, with 64 it
+# does not, and with all of 768 ViT-B loses some of its speed.
 CHANNELS = 128
 # What a block knows during a forward only.
 TRANSIENT = ("handed", "before", "map", "size", "metric", "gain")
