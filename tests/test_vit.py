@@ -375,15 +375,16 @@ def test_compiles_to_one_graph_and_never_again_while_the_schedule_stays(name):
         torch.testing.assert_close(case(compiled), case(model))
 
 
-@pytest.mark.parametrize("name", ["timm ViT", "torchvision"])
-def test_exports(name):
+@pytest.mark.parametrize("prop_attn", [True, False])
+@pytest.mark.parametrize("name", ["timm ViT", "torchvision", "transformers ViT", "transformers DINOv2"])
+def test_exports(name, prop_attn):
     case = CASES[name]
-    model = tome.apply_patch(case.build())
+    model = tome.apply_patch(case.build(), prop_attn=prop_attn)
     model.r = SCHEDULE
     x = tiny_vit.images()
     with torch.no_grad():
         exported = torch.export.export(model, (x,)).module()
-        torch.testing.assert_close(exported(x), model(x))
+        torch.testing.assert_close(tiny_vit.logits(exported(x)), case(model))
 
 
 def test_timm_without_fused_attention_merges_alike():
@@ -775,3 +776,16 @@ def test_exports_with_any_batch_size():
         for size in (2, 5):
             x = tiny_vit.images(size)
             torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_masks_of_transformers_are_refused_until_the_next_call_without_one():
+    case = CASES["transformers ViT"]
+    model = tome.apply_patch(case.build())
+    model.r = 8
+    mask = torch.ones(2, 65, dtype=torch.long)
+    mask[:, -5:] = 0
+    with torch.no_grad():
+        want = case(model)
+        with pytest.raises(ValueError, match="was given an attention mask"):
+            model.vit(tiny_vit.images(), attention_mask=mask)
+        assert torch.equal(case(model), want)

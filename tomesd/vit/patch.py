@@ -237,6 +237,13 @@ class NetworkPatch:
         model._tome_info = self  # type: ignore[assignment]
         for i, (name, block, parts) in enumerate(network.blocks):
             BlockPatch(self, i, name, block, parts)
+        self.masked = True
+        self.mask: Argument | None = None
+        if "attention_mask" in inspect.signature(type(network.module).forward).parameters:
+            self.mask = Argument(network.module, "attention_mask")
+            register = network.module.register_forward_pre_hook
+            self.handles.append(register(self.look_for_mask, with_kwargs=True))
+            self.handles.append(network.module.register_forward_hook(self.forget_mask))
         if isinstance(network.container, nn.Sequential):
             self.handles.append(network.container.register_forward_pre_hook(self.enter))
             self.handles.append(network.container.register_forward_hook(self.leave, prepend=True))
@@ -270,6 +277,13 @@ class NetworkPatch:
         if found is None:
             raise RuntimeError("no sources yet: run the model first")
         return found
+
+    def look_for_mask(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Blocks may be given a mask that hides nothing (under torch.export): is there one of the caller?"""
+        self.masked = cast(Argument, self.mask).get(args, kwargs) is not None
+
+    def forget_mask(self, network: nn.Module, args: Args, output: Any) -> None:
+        self.masked = True
 
     def enter(self, container: nn.Sequential, args: Args) -> Args | None:
         """Tells the first block whether nobody looks at the tokens between the blocks."""
@@ -373,13 +387,15 @@ class BlockPatch:
                 f"tomesd: {kind} takes no sizes of tokens: set_attn_implementation('sdpa'), or patch with "
                 "prop_attn=False"
             )
-        if self.bias.get(args, kwargs) is not None or kwargs.get("is_causal"):
+        given = self.bias.get(args, kwargs) is not None
+        if (given and self.owner.masked) or kwargs.get("is_causal"):
             raise ValueError(
-                f"tomesd: {self.name} was given an attention mask, which merged tokens have none of. "
-                "(torch.export makes some models of transformers give one; those cannot be exported merged)"
+                f"tomesd: {self.name} was given an attention mask, which merged tokens have none of"
             )
         if self.before is None:
             return None
+        if given:
+            args, kwargs = self.bias.put(args, kwargs, None)
         if self.rope is not None:
             args, kwargs = self.rope.put(args, kwargs, self._take_rope(self.rope.get(args, kwargs)))
         if self.owner.prop_attn:
