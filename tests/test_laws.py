@@ -10,7 +10,14 @@ import torch
 import tomesd
 
 CASES = tiny.CASES
-MATCHINGS = ("exact", "windowed")
+OPTIONS = {
+    "default": {},
+    "exact": {"matching": "exact"},
+    "reuse": {"reuse": 2},
+    "stage": {"merge_stage": True},
+    "stage, reuse": {"merge_stage": True, "reuse": 1},
+}
+options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -41,11 +48,11 @@ def traces(model):
             yield type(module)
 
 
-@pytest.mark.parametrize("matching", MATCHINGS)
-def test_merging_changes_the_output_and_removal_restores_it(case, matching):
+@options
+def test_merging_changes_the_output_and_removal_restores_it(case, options):
     call, model = case
     plain = call(model)
-    assert tomesd.apply_patch(model, 0.5, matching=matching) is model
+    assert tomesd.apply_patch(model, 0.5, **options) is model
     merged = call(model)
     assert merged.shape == plain.shape
     assert 0 < (merged - plain).norm() < plain.norm()
@@ -54,10 +61,11 @@ def test_merging_changes_the_output_and_removal_restores_it(case, matching):
     assert list(traces(model)) == []
 
 
-def test_ratio_0_is_the_unpatched_model_to_the_bit(case):
+@options
+def test_ratio_0_is_the_unpatched_model_to_the_bit(case, options):
     call, model = case
     plain = call(model)
-    tomesd.apply_patch(model, ratio=0, max_downsample=8, merge_crossattn=True, merge_mlp=True)
+    tomesd.apply_patch(model, ratio=0, max_downsample=8, merge_crossattn=True, merge_mlp=True, **options)
     assert torch.equal(call(model), plain)
 
 
@@ -73,9 +81,10 @@ def test_patching_twice_is_patching_once(case):
     assert list(traces(model)) == []
 
 
-def test_same_seed_same_result_whatever_ran_before(case):
+@options
+def test_same_seed_same_result_whatever_ran_before(case, options):
     call, model = case
-    tomesd.apply_patch(model, seed=3)
+    tomesd.apply_patch(model, seed=3, **options)
     first = call(model)
     state = torch.get_rng_state()
     call(model, h=8, w=24, t=9)
@@ -84,7 +93,7 @@ def test_same_seed_same_result_whatever_ran_before(case):
     torch.set_rng_state(state)
     assert torch.equal(call(model), first)
     assert torch.equal(torch.get_rng_state(), state)
-    tomesd.apply_patch(model, seed=4)
+    tomesd.apply_patch(model, seed=4, **options)
     assert not torch.equal(call(model), first)
 
 
@@ -102,10 +111,10 @@ def test_timestep_moves_the_partition(case):
     assert not torch.equal(seen[0].keep, seen[half].keep)
 
 
-@pytest.mark.parametrize("matching", MATCHINGS)
-def test_samples_do_not_depend_on_their_batch(case, matching):
+@options
+def test_samples_do_not_depend_on_their_batch(case, options):
     call, model = case
-    tomesd.apply_patch(model, matching=matching)
+    tomesd.apply_patch(model, **options)
     together = call(model, b=3)
     alone = call(model, b=1)
     torch.testing.assert_close(alone[0], together[0], atol=1e-4, rtol=1e-3)
@@ -124,18 +133,17 @@ def test_odd_sizes(case, size, max_downsample):
         with pytest.raises(ValueError, match="nothing to merge"):
             tomesd.apply_patch(model, max_downsample=max_downsample)
         return
-    for matching in MATCHINGS:
-        tomesd.apply_patch(
-            model, 0.6, max_downsample, matching=matching, merge_crossattn=True, merge_mlp=True
-        )
+    for options in OPTIONS.values():
+        tomesd.apply_patch(model, 0.6, max_downsample, merge_crossattn=True, merge_mlp=True, **options)
         assert torch.isfinite(call(model, *size, b=1)).all()
 
 
+@options
 @pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
-def test_copies_stay_patched_and_can_be_restored(case, copied):
+def test_copies_stay_patched_and_can_be_restored(case, copied, options):
     call, model = case
     plain = call(model)
-    tomesd.apply_patch(model)
+    tomesd.apply_patch(model, **options)
     merged = call(model)
     if copied == "deepcopy":
         twin = copy.deepcopy(model)
@@ -175,10 +183,11 @@ def test_runs_in_bfloat16_and_under_autocast(case):
         assert (output.float() - merged).norm() < 0.2 * merged.norm()
 
 
-def test_gradients_flow_and_checkpointing_gives_the_same(case):
+@options
+def test_gradients_flow_and_checkpointing_gives_the_same(case, options):
     call, model = case
     model.train()
-    tomesd.apply_patch(model)
+    tomesd.apply_patch(model, **options)
     torch.set_grad_enabled(True)
     parameters = [p for name, p in model.named_parameters() if "attn1.to_q" in name]
 
@@ -208,13 +217,14 @@ def test_gradients_flow_and_checkpointing_gives_the_same(case):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_checkpointing_recomputes_each_forward_as_it_was(case):
+@options
+def test_checkpointing_recomputes_each_forward_as_it_was(case, options):
     """Two forwards of other timesteps and sizes before one backward."""
     call, model = case
     if not getattr(model, "_supports_gradient_checkpointing", False):
         pytest.skip("this network cannot checkpoint, or as CompVis' passes nothing on to its blocks")
     model.train()
-    tomesd.apply_patch(model)
+    tomesd.apply_patch(model, **options)
     torch.set_grad_enabled(True)
     parameters = [p for name, p in model.named_parameters() if "attn1.to_q" in name]
 
@@ -233,10 +243,11 @@ def test_checkpointing_recomputes_each_forward_as_it_was(case):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_an_exception_inside_a_forward_leaves_the_model_usable(case):
+@options
+def test_an_exception_inside_a_forward_leaves_the_model_usable(case, options):
     call, model = case
     plain = call(model)
-    tomesd.apply_patch(model, merge_mlp=True)
+    tomesd.apply_patch(model, merge_mlp=True, **options)
     merged = call(model)
     failing = next(m for name, m in model.named_modules() if name.endswith("attn1") and "motion" not in name)
 
@@ -252,12 +263,13 @@ def test_an_exception_inside_a_forward_leaves_the_model_usable(case):
     assert torch.equal(call(model), plain)
 
 
-def test_compiles_as_one_graph_and_not_again_from_step_to_step(case):
+@pytest.mark.parametrize("name", ["default", "stage, reuse"])
+def test_compiles_as_one_graph_and_not_again_from_step_to_step(case, name):
     call, model = case
     if not hasattr(model, "config"):
         pytest.skip("CompVis' code breaks graphs unpatched")
     torch.compiler.reset()
-    tomesd.apply_patch(model)
+    tomesd.apply_patch(model, **OPTIONS[name])
     expected = [call(model, t=t) for t in (500, 400, 1)]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(call(compiled, t=500), expected[0], atol=1e-4, rtol=1e-4)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tomesd import matching
-from tomesd.matching import match_exact, match_windowed
+from tomesd.matching import Windows, match_exact, match_windowed
 from tomesd.partition import Grid, Partition, alternate, cell_offsets, every_kth, random_src
 
 SIZES = st.integers(1, 23)
@@ -91,7 +91,7 @@ def test_windowed_matching_is_brute_force_within_windows(h, w, sy, sx, window, s
     grid = Grid(h, w, sy, sx)
     r = seed % (grid.max_r + 1)
     partition = grid.partition(grid.dst(cell_offsets(grid.cells, grid.sx * grid.sy, seed)))
-    token_map = match_windowed(metric, grid, partition.dst, r, window)
+    token_map = match_windowed(metric, Windows.of(grid, window), partition.dst, r)
 
     def axis(token, dst, stride, cells):
         windows = math.ceil(cells / max(1, window // stride))
@@ -113,7 +113,7 @@ def test_one_window_is_exact_matching():
     grid = Grid(8, 12)
     partition = grid.partition(grid.dst(cell_offsets(grid.cells, 4, 1)))
     exact = match_exact(metric, partition, 40)
-    windowed = match_windowed(metric, grid, partition.dst, 40, window=99)
+    windowed = match_windowed(metric, Windows.of(grid, 99), partition.dst, 40)
     assert torch.equal(exact.index, windowed.index)
     assert torch.equal(exact.keep, windowed.keep)
 
@@ -130,7 +130,11 @@ def test_zero_and_non_finite_tokens_do_not_poison_others(bad, windowed, dtype):
     metric[0, at] = bad
 
     def match(x):
-        return match_windowed(x, grid, partition.dst, 20, 4) if windowed else match_exact(x, partition, 20)
+        return (
+            match_windowed(x, Windows.of(grid, 4), partition.dst, 20)
+            if windowed
+            else match_exact(x, partition, 20)
+        )
 
     token_map = match(metric)
     joined = pairs(token_map, 0)
@@ -155,7 +159,9 @@ def test_however_many_tokens_are_not_finite_the_map_is_sound(windowed, seed):
     partition = grid.partition(grid.dst(cell_offsets(grid.cells, 4, seed)))
     r = (12, 32, 48)[seed % 3]
     token_map = (
-        match_windowed(metric, grid, partition.dst, r, 4) if windowed else match_exact(metric, partition, r)
+        match_windowed(metric, Windows.of(grid, 4), partition.dst, r)
+        if windowed
+        else match_exact(metric, partition, r)
     )
     for b in range(2):
         joined = pairs(token_map, b)
@@ -204,8 +210,8 @@ def test_a_partition_for_each_sample():
         for together, single in (
             (match_exact(metric, both, 12), match_exact(metric[b : b + 1], alone, 12)),
             (
-                match_windowed(metric, grid, both.dst, 12, 4),
-                match_windowed(metric[b : b + 1], grid, alone.dst, 12, 4),
+                match_windowed(metric, Windows.of(grid, 4), both.dst, 12),
+                match_windowed(metric[b : b + 1], Windows.of(grid, 4), alone.dst, 12),
             ),
         ):
             assert torch.equal(together.index[b], single.index[0])
@@ -227,7 +233,7 @@ def test_memory_grows_with_the_tokens_not_their_square():
 
     metric = torch.randn(1, 272 * 480, 8)
     with Watch():
-        match_windowed(metric, grid, partition.dst, 60_000)
+        match_windowed(metric, Windows.of(grid), partition.dst, 60_000)
     assert largest <= 16 * 16 // 4 * metric.shape[1]
     largest = 0
     few = Partition(partition.src[:, :3000], partition.dst)

@@ -107,7 +107,7 @@ def test_patched_is_undone_even_after_an_error():
         (dict(max_downsample=3), ValueError, r"max_downsample must be None .* or one of 1, 2, 4, 8, got 3"),
         (dict(max_downsample="1"), TypeError, r"max_downsample must be an integer or None"),
         (dict(use_rand=1), TypeError, r"use_rand must be a bool, got 1 \(int\)"),
-        (dict(merge_attn=False), ValueError, r"merge_attn, merge_crossattn and merge_mlp are all False"),
+        (dict(merge_attn=False), ValueError, "merge_mlp and merge_stage are all False"),
         (dict(matching="fast"), ValueError, r"matching must be one of exact, windowed, got 'fast'"),
         (dict(seed=None), TypeError, r"seed must be an integer, got None"),
     ],

@@ -30,14 +30,17 @@ class MergeConfig:
     merge_mlp: bool = False
     seed: int = 0
     matching: Literal["exact", "windowed"] = "windowed"
+    merge_stage: bool = False
+    reuse: int = 0
+    auto: bool = False
 
     def __post_init__(self) -> None:
         self._become("ratio", float, Real, "a number")
-        for name in ("sx", "sy", "seed"):
+        for name in ("sx", "sy", "seed", "reuse"):
             self._become(name, int, Integral, "an integer")
         if self.max_downsample is not None:
             self._become("max_downsample", int, Integral, "an integer or None")
-        for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"):
+        for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp", "merge_stage", "auto"):
             self._become(name, bool, bool, "a bool")
         self._become("matching", str, str, "a string")
         if not 0 <= self.ratio < 1:
@@ -56,7 +59,11 @@ class MergeConfig:
                 f"{', '.join(map(str, DOWNSAMPLES))}, got {self.max_downsample}"
             )
         if not self.parts:
-            raise ValueError("nothing to merge: merge_attn, merge_crossattn and merge_mlp are all False")
+            raise ValueError(
+                "nothing to merge: merge_attn, merge_crossattn, merge_mlp and merge_stage are all False"
+            )
+        if self.reuse < 0:
+            raise ValueError(f"reuse must be at least 0, the number of steps a plan lasts, got {self.reuse}")
         if self.matching not in MATCHINGS:
             raise ValueError(f"matching must be one of {', '.join(MATCHINGS)}, got {self.matching!r}")
 
@@ -69,7 +76,7 @@ class MergeConfig:
     def parts(self) -> tuple[str, ...]:
         """Names of the parts of a block that see merged tokens."""
         wanted = {"attn1": self.merge_attn, "attn2": self.merge_crossattn, "ff": self.merge_mlp}
-        return tuple(name for name, merge in wanted.items() if merge)
+        return tuple(name for name, merge in wanted.items() if merge or self.merge_stage)
 
     def _become(self, name: str, kind: type, accepted: type, words: str) -> None:
         """Checks an option's type and makes it plain Python, which torch.compile can take as a constant."""

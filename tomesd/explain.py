@@ -7,12 +7,14 @@ from numbers import Integral
 
 from torch import nn
 
-from .families import Family, find_networks, find_sites
+from .config import MergeConfig
+from .families import Family, Site, find_networks, find_sites
 from .partition import Grid
-from .patch import left_alone, patch_of
+from .patch import left_alone, patch_of, work_of
+from .worth import Work, pays, trial
 
-# CLIP's context length; it enters the share saved by merge_crossattn only.
-TEXT_TOKENS = 77
+# Images in a batch, for which auto is asked: both guidance halves of one.
+BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ def explain(model: object, height: int | None = None, width: int | None = None) 
         width: of the image in pixels; by default `height`, or what the model was made for.
 
     Returns:
-        A table that prints well; its `rows` hold the figures. FLOPs are estimated from layer shapes and
-        the cost of matching is not counted.
+        A table that prints well; its `rows` hold the figures. FLOPs are estimated from layer shapes, and
+        the cost of matching is not counted. With `auto` it is measured whether merging pays, for a batch of
+        two.
 
     Raises:
         TypeError: the model is neither module nor pipeline.
@@ -108,39 +111,39 @@ def _rows(prefix: str, network: nn.Module, family: Family, h: int, w: int) -> li
         grid_h, grid_w = (-(-side // site.downsample) for side in (h, w))
         before = after = grid_h * grid_w
         reason: str | None = "not patched"
-        flops = whole = _flops(site.block, before, before, ())
+        parts: tuple[str, ...] = ()
         if owner is not None:
             config = owner.config
             reason = left_alone(site, sites, config)
+            grid = Grid(grid_h, grid_w, config.sy, config.sx)
+            if reason is None and config.auto:
+                reason = _loss(site, sites, config, grid)
             if reason is None:
-                after = before - Grid(grid_h, grid_w, config.sy, config.sx).r(config.ratio)
-                flops = _flops(site.block, before, after, config.parts)
+                after, parts = before - grid.r(config.ratio), config.parts
+        whole = _flops(site.block, before, before, parts)
+        saved = 1 - _flops(site.block, before, after, parts) / whole
         name = f"{prefix}.{site.name}" if prefix else site.name
-        rows.append(Row(name, site.downsample, before, after, whole, 1 - flops / whole, reason))
+        rows.append(Row(name, site.downsample, before, after, whole, saved, reason))
     return rows
 
 
 def _flops(block: nn.Module, before: int, after: int, merged: tuple[str, ...]) -> float:
     """FLOPs of one sample in a block, whose `merged` parts see `after` of `before` tokens."""
-    total = 0.0
-    for name in ("attn1", "attn2"):
-        attn = getattr(block, name, None)
-        if attn is None:
-            continue
-        n = after if name in merged else before
-        # CompVis' attention does not say what it is, its block does.
-        crosses = getattr(
-            attn, "is_cross_attention", name == "attn2" or getattr(block, "disable_self_attn", False)
-        )
-        keys = TEXT_TOKENS if crosses else n
-        total += 2 * n * (_parameters(attn.to_q) + _parameters(attn.to_out))
-        total += 2 * keys * (_parameters(attn.to_k) + _parameters(attn.to_v))
-        total += 4 * n * keys * attn.to_q.out_features
-    return total + 2 * (after if "ff" in merged else before) * _parameters(block.get_submodule("ff"))
+    return sum(
+        Work.of([block], (part,), 1).flops(after if part in merged else before)
+        for part in ("attn1", "attn2", "ff")
+    )
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
+def _loss(site: Site, sites: list[Site], config: MergeConfig, grid: Grid) -> str | None:
+    """Why `auto` leaves a block alone, or None if merging pays there."""
+    weight = next(site.block.parameters())
+    if weight.device.type == "meta":
+        return None
+    question = (work_of(site, sites, config), grid, BATCH, config.ratio, config.matching)
+    if pays(*question, weight.dtype, weight.device):
+        return None
+    return f"merging does not pay: {trial(*question, weight.dtype, weight.device)}"
 
 
 def _native_size(network: nn.Module) -> tuple[int, int]:

@@ -21,11 +21,14 @@ class Family:
         name: what people call it.
         networks: classes of the whole network, whose forward takes the sample and the timestep.
         timestep: the parameter of the network's forward that is the timestep.
+        text: the one that is the embedding of the prompt.
         stages: attributes of the network that hold its parts, in the order of the forward pass.
         containers: classes that take an image `[B, C, h, w]` and run blocks on its `h * w` tokens.
         image: the parameter of a container's forward that is this image.
-        carrier: the parameter of containers, if any, that is a dict of arguments for `attn1` and `attn2`.
+        carrier: the parameter of containers and blocks, if any, that is a dict of arguments for `attn1` and
+            `attn2`.
         blocks: classes of a block with `norm1`, `attn1`, `attn2` and `ff`.
+        tokens: the parameter of a block's forward that is the tokens.
         down: classes that halve the resolution at the end of the part that they stand in.
         up: classes that double it there.
     """
@@ -33,11 +36,13 @@ class Family:
     name: str
     networks: tuple[str, ...]
     timestep: str
+    text: str
     stages: tuple[str, ...]
     containers: tuple[str, ...]
     image: str
     carrier: str | None
     blocks: tuple[str, ...]
+    tokens: str
     down: tuple[str, ...]
     up: tuple[str, ...]
 
@@ -53,11 +58,13 @@ FAMILIES = (
             "ControlNetUnionModel",
         ),
         timestep="timestep",
+        text="encoder_hidden_states",
         stages=("down_blocks", "mid_block", "up_blocks"),
         containers=("Transformer2DModel",),
         image="hidden_states",
         carrier="cross_attention_kwargs",
         blocks=("BasicTransformerBlock",),
+        tokens="hidden_states",
         down=("Downsample2D",),
         up=("Upsample2D",),
     ),
@@ -65,11 +72,13 @@ FAMILIES = (
         name="CompVis LDM",
         networks=("UNetModel",),
         timestep="timesteps",
+        text="context",
         stages=("input_blocks", "middle_block", "output_blocks"),
         containers=("SpatialTransformer",),
         image="x",
         carrier=None,
         blocks=("BasicTransformerBlock",),
+        tokens="x",
         down=("Downsample",),
         up=("Upsample",),
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,41 @@ from .token_map import TokenMap, _norm, _take
 # Similarities held at once for each sample by exact matching; more are computed in chunks of src rows. The
 # size of the batch does not enter: compiled and exported programs may leave it open.
 CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """The windows of an image, all of one shape: `L` tokens and `K` cells each.
+
+    Where the image is no multiple of them, the last ones of a row or column overlap their neighbours.
+
+    Args:
+        tokens: position of each token, int64 `[windows, L]`.
+        cells: number of each cell, int64 `[windows, K]`.
+        slot: where in `tokens` each token of the image is to be looked up, int64 `[N]`.
+        first: the place in `cells` at which the window of this slot begins, int64 `[N]`.
+    """
+
+    tokens: Tensor
+    cells: Tensor
+    slot: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, grid: Grid, side: int = 16, device: torch.device | None = None) -> Windows:
+        """The windows of an image, at most `side` tokens wide and high, as even as the image allows."""
+        y = _Axis(grid.h, grid.sy, grid.rows, side, device)
+        x = _Axis(grid.w, grid.sx, grid.columns, side, device)
+
+        def outer(y: Tensor, x: Tensor, width: int) -> Tensor:
+            return (y[:, None, :, None] * width + x[None, :, None, :]).flatten(2).flatten(0, 1)
+
+        number = y.number[:, None] * x.starts.shape[0] + x.number
+        slot = (number * y.tokens.shape[1] + y.place[:, None]) * x.tokens.shape[1] + x.place
+        cells = outer(y.cells, x.cells, grid.columns)
+        return cls(
+            outer(y.tokens, x.tokens, grid.w), cells, slot.flatten(), number.flatten() * cells.shape[1]
+        )
 
 
 @torch.no_grad()
@@ -36,8 +73,9 @@ def match_exact(
     Raises:
         ValueError: fewer than r tokens have somebody in their own sequence to join.
     """
+    norm = _norm(metric)
     src, dst = _rows(metric, partition.src), _rows(metric, partition.dst)
-    unit, bad = _unit(dst)
+    unit, bad = _unit(dst, _rows(norm, partition.dst))
     chunk = max(1, CHUNK // max(1, unit.shape[1]))
     products = (part @ unit.mT for part in src.split(chunk, dim=1))
     src_ids = None
@@ -49,7 +87,7 @@ def match_exact(
         )
     best = [part.max(dim=-1) for part in products]
     value, local = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
-    score = _score(value, src, bad.gather(1, local))
+    score = _score(value, _rows(norm, partition.src), bad.gather(1, local))
     if src_ids is not None:
         if padding is not None:
             score = score.masked_fill(src_ids == padding, 2)
@@ -67,35 +105,33 @@ def match_exact(
 
 
 @torch.no_grad()
-def match_windowed(metric: Tensor, grid: Grid, dst: Tensor, r: int, window: int = 16) -> TokenMap:
+def match_windowed(metric: Tensor, windows: Windows, dst: Tensor, r: int) -> TokenMap:
     """As exact matching, but a token may only join a dst of its own window of the image.
 
-    The r best pairs are still taken over the whole image. Costs `N * window^2 / (sx * sy)`
-    similarities instead of `N^2 / (sx * sy)`.
+    The r best pairs are still taken over the whole image. With windows of side w it costs
+    `N * w^2 / (sx * sy)` similarities instead of `N^2 / (sx * sy)`.
 
     Args:
         metric: what is compared, floating point `[B, h * w, C]`.
-        grid: the image.
+        windows: of the image.
         dst: position of each cell's dst, int64 `[1 or B, cells]`.
-        r: how many tokens leave, at most `grid.max_r`.
-        window: side of a window in tokens, at most; windows are as even as the image allows.
+        r: how many tokens leave, at most the grid's `max_r`.
     """
-    b, n, _ = metric.shape
+    b = metric.shape[0]
     dst = dst.expand(b, -1)
-    tokens, cells, slot = _windows(grid, window, metric.device)
-    windows, k = cells.shape
-    members = metric.index_select(1, tokens.flatten()).unflatten(1, tokens.shape).flatten(0, 1)
-    receivers = dst.index_select(1, cells.flatten())
-    unit, bad = _unit(_take(metric, receivers))
-    value, local = (members @ unit.unflatten(1, (windows, k)).flatten(0, 1).mT).max(dim=-1)
+    count, k = windows.cells.shape
+    norm = _norm(metric)
+    receivers = dst.index_select(1, windows.cells.flatten())
+    unit, bad = _unit(_take(metric, receivers), norm.gather(1, receivers))
+    members = metric.index_select(1, windows.tokens.flatten()).view(b * count, -1, metric.shape[2])
+    value, local = (members @ unit.view(b * count, k, -1).mT).max(dim=-1)
     # Back from windows to the image: where windows overlap each token takes its own window's answer.
-    local = local.unflatten(0, (b, windows)) + k * torch.arange(windows, device=metric.device)[:, None]
-    local = local.flatten(1).index_select(1, slot)
-    value = value.view(b, -1).index_select(1, slot)
+    local = local.view(b, -1).index_select(1, windows.slot) + windows.first
+    value = value.view(b, -1).index_select(1, windows.slot)
     # dst must rank below whatever may leave, or topk could pick one of them.
-    score = _score(value, metric, bad.gather(1, local)).scatter(1, dst, -torch.inf)
+    score = _score(value, norm, bad.gather(1, local)).scatter(1, dst, -torch.inf)
     chosen = score.topk(r, dim=1, sorted=False).indices
-    return TokenMap.from_pairs(n, chosen, receivers.gather(1, local.gather(1, chosen)))
+    return TokenMap.from_pairs(metric.shape[1], chosen, receivers.gather(1, local.gather(1, chosen)))
 
 
 def _rows(x: Tensor, positions: Tensor) -> Tensor:
@@ -104,33 +140,18 @@ def _rows(x: Tensor, positions: Tensor) -> Tensor:
     return _take(x, positions)
 
 
-def _unit(dst: Tensor) -> tuple[Tensor, Tensor]:
+def _unit(dst: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors of dst, and which of them are not finite (those become zero)."""
-    norm = _norm(dst)
     bad = ~torch.isfinite(norm)
     norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)
     # The argmax over dst does not depend on the length of src, so only dst needs normalising.
     return (dst / norm[..., None]).masked_fill(bad[..., None], 0).to(dst.dtype), bad
 
 
-def _score(value: Tensor, src: Tensor, bad: Tensor) -> Tensor:
-    """Cosines from products with unit dst; -2, below any cosine, where src or its dst is not finite."""
-    norm = _norm(src)
+def _score(value: Tensor, norm: Tensor, bad: Tensor) -> Tensor:
+    """Cosines from products of src, of this norm, with unit dst; -2, below any, where one is not finite."""
     score = value / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     return score.where(torch.isfinite(score) & ~bad, -2)
-
-
-def _windows(grid: Grid, window: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens `[windows, L]` and cells `[windows, K]` of each window, and each token's slot `[N]` in them."""
-    y = _Axis(grid.h, grid.sy, grid.rows, window, device)
-    x = _Axis(grid.w, grid.sx, grid.columns, window, device)
-
-    def outer(y: Tensor, x: Tensor, width: int) -> Tensor:
-        return (y[:, None, :, None] * width + x[None, :, None, :]).flatten(2).flatten(0, 1)
-
-    number = y.number[:, None] * x.starts.shape[0] + x.number
-    slot = (number * y.tokens.shape[1] + y.place[:, None]) * x.tokens.shape[1] + x.place
-    return outer(y.tokens, x.tokens, grid.w), outer(y.cells, x.cells, grid.columns), slot.flatten()
 
 
 class _Axis:
@@ -140,8 +161,8 @@ class _Axis:
     its last one: so all have one shape, and tokens outside of whole cells have dst to join as well.
     """
 
-    def __init__(self, length: int, stride: int, cells: int, window: int, device: torch.device) -> None:
-        windows = -(-cells // max(1, window // stride))
+    def __init__(self, length: int, stride: int, cells: int, side: int, device: torch.device | None) -> None:
+        windows = -(-cells // max(1, side // stride))
         span = -(-cells // windows)  # as even as can be, so that the last one overlaps little
         first = torch.arange(windows, device=device) * span
         self.starts = first.clamp_max(cells - span)

@@ -3,15 +3,17 @@
 No forward of a host's block is restated. A hook on each container of blocks (a `Transformer2DModel`) reads
 the size of its image and lays out who receives. In each block a hook on `norm1` keeps the block's input, one
 on `attn1` plans the merge by it, and hooks on `attn1`, `attn2` and `ff` merge what goes in and unmerge what
-comes out. All hooks are bound methods of the classes below, owned by one `NetworkPatch` on the network, so
-that deepcopy, pickle and removal take everything along.
+comes out. With `merge_stage` the first block of a container merges and its last one unmerges for all of them.
+All hooks are bound methods of the classes below, owned by one `NetworkPatch` on the network, so that
+deepcopy, pickle and removal take everything along.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import index
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,9 +23,10 @@ from torch.utils.hooks import RemovableHandle
 from .config import MergeConfig
 from .families import Family, Site, find_networks, find_sites
 from .hooks import Args, Argument, Kwargs, recompile
-from .matching import match_exact, match_windowed
+from .matching import Windows, match_exact, match_windowed
 from .partition import Grid, cell_offsets
 from .token_map import TokenMap
+from .worth import Work, pays
 
 OWNER = "_tomesd"
 # Caches of diffusers that give attn1's output of another step, which has other merged tokens.
@@ -45,6 +48,9 @@ def apply_patch(
     *,
     seed: int = 0,
     matching: Literal["exact", "windowed"] = MergeConfig.matching,
+    merge_stage: bool = MergeConfig.merge_stage,
+    reuse: int = MergeConfig.reuse,
+    auto: bool = MergeConfig.auto,
 ) -> Model:
     """Makes a Stable Diffusion model merge similar tokens before attention and give them back after it.
 
@@ -64,6 +70,12 @@ def apply_patch(
         merge_mlp: merge for the feed-forward layers.
         seed: the seed of that hash. No random generator is read or moved.
         matching: `"windowed"` compares tokens within windows of 16 x 16, `"exact"` over the whole image.
+        merge_stage: merge once for each transformer (`Transformer2DModel`) and run all its blocks on merged
+            tokens; each token then gains what its group has gained. Takes the place of the other three.
+        reuse: how long a plan lasts. 0: each block makes its own; 1: all blocks of one size share one in a
+            step; k: for k steps of a denoising loop.
+        auto: leave blocks alone where merging would be slower, which is measured once for each shape of
+            tokens, in about a second; `explain` tells. So the picture may depend on the machine.
 
     Returns:
         The same model.
@@ -75,7 +87,19 @@ def apply_patch(
     Source: Bolya and Hoffman, Token Merging for Fast Stable Diffusion, 2023.
     """
     config = MergeConfig(
-        ratio, max_downsample, sx, sy, use_rand, merge_attn, merge_crossattn, merge_mlp, seed, matching
+        ratio,
+        max_downsample,
+        sx,
+        sy,
+        use_rand,
+        merge_attn,
+        merge_crossattn,
+        merge_mlp,
+        seed,
+        matching,
+        merge_stage,
+        reuse,
+        auto,
     )
     targets = []
     for name, network, family in find_networks(model):
@@ -95,6 +119,8 @@ def apply_patch(
         _detach(network)
         if chosen:
             setattr(network, OWNER, NetworkPatch(network, family, chosen, config))
+    # Compiled programs take the answer as a constant. Marked here, as marking it loads torch._dynamo.
+    torch.compiler.assume_constant_result(pays)
     recompile()
     return model
 
@@ -141,12 +167,88 @@ def left_alone(site: Site, sites: list[Site], config: MergeConfig) -> str | None
     return None
 
 
-@dataclass(frozen=True, eq=False)
+def work_of(site: Site, sites: list[Site], config: MergeConfig) -> Work:
+    """What runs on merged tokens at a site: parts of its block, or all blocks of its container."""
+    if not config.merge_stage:
+        return Work.of([site.block], config.parts, merges=len(config.parts))
+    return Work.of([other.block for other in sites if other.container is site.container], config.parts, 1)
+
+
+@dataclass(eq=False)
 class Layout:
-    """The image of one call of a container, and who receives there: `dst` is `[1 or B, cells]`."""
+    """An image of some size: who receives there (`[1 or B, cells]`), and the plan that blocks share."""
 
     grid: Grid
     dst: Tensor
+    windows: Windows | None
+    map: TokenMap | None = None
+
+    def fits(self, image: Tensor) -> bool:
+        """Whether it was made for an image `[B, C, h, w]` like this one."""
+        same = (self.grid.h, self.grid.w) == tuple(image.shape[-2:]) and self.dst.device == image.device
+        return same and self.dst.shape[0] in (1, image.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What a whole stage keeps from its first block to its last: tokens as they were, and merged."""
+
+    x: Tensor
+    map: TokenMap
+    merged: Tensor
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a container."""
+
+    layout: Layout
+    stage: Stage | None = None
+
+
+class Memory:
+    """The layouts of a denoising loop, kept for as many steps as a plan lasts.
+
+    Schedulers of diffusers hand out the timesteps of a loop as views of one tensor: its storage tells one
+    loop from another, and the offset in it is the number of the step. So nothing is read from the device, and
+    a loop that was interrupted, begins in the middle or runs again never meets the plans of another.
+    Guidance halves that are called apart are told apart by their text.
+    """
+
+    def __init__(self) -> None:
+        self.loop: torch.UntypedStorage | None = None
+        self.run = -1
+        self.halves: list[Half] = []
+
+    def recall(self, timestep: object, text: object, steps: int) -> dict[int, Layout]:
+        """The layouts of the calls before this one in a run of `steps` steps; empty in the first."""
+        if not isinstance(timestep, Tensor) or timestep.untyped_storage().nbytes() <= timestep.element_size():
+            return {}  # a lone number does not tell which loop it belongs to
+        loop, step = timestep.untyped_storage(), int(timestep.storage_offset())
+        if self.loop is None or self.loop.data_ptr() != loop.data_ptr() or self.run != step // steps:
+            self.halves = []
+        # The storage is kept alive, or the timesteps of another loop could come to stand at its address.
+        self.loop, self.run = loop, step // steps
+        half = next((half for half in self.halves if half.text is text), None)
+        if half is None:
+            half = Half(text)
+            self.halves.append(half)
+        elif step <= half.step:
+            half.layouts = {}
+        half.step = step
+        return half.layouts
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        return Memory, ()  # copies start a loop of their own
+
+
+@dataclass(eq=False)
+class Half:
+    """The calls of a denoising loop with one text."""
+
+    text: object
+    step: int = -1
+    layouts: dict[int, Layout] = field(default_factory=dict)
 
 
 class NetworkPatch:
@@ -155,34 +257,51 @@ class NetworkPatch:
     def __init__(self, network: nn.Module, family: Family, sites: list[Site], config: MergeConfig) -> None:
         self.config = config
         self.timestep: Tensor | float = 0
-        self.argument = Argument(network, family.timestep)
-        self.handles: list[RemovableHandle] = []
-        self.handles.append(network.register_forward_pre_hook(self.read_timestep, with_kwargs=True))
-        containers: dict[nn.Module, ContainerPatch] = {}
-        for site in sites:
-            if site.container not in containers:
-                containers[site.container] = ContainerPatch(self, site.container, family)
-            containers[site.container].attach(site)
+        self.layouts: dict[int, Layout] | None = None  # by level, during a forward
+        self.memory = Memory()
+        self.arguments = Argument(network, family.timestep), Argument(network, family.text)
+        self.handles: list[RemovableHandle] = [
+            network.register_forward_pre_hook(self.begin, with_kwargs=True),
+            network.register_forward_hook(self.end),
+        ]
+        for container in dict.fromkeys(site.container for site in sites):
+            ContainerPatch(self, family, [site for site in sites if site.container is container])
 
-    def read_timestep(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        timestep = self.argument.get(args, kwargs)
+    def begin(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        timestep, text = (argument.get(args, kwargs) for argument in self.arguments)
+        self.layouts = {}
+        if self.config.reuse > 1 and not torch.compiler.is_compiling():
+            self.layouts = self.memory.recall(timestep, text, self.config.reuse)
         if isinstance(timestep, Tensor):
             timestep = timestep.detach()  # deepcopy refuses tensors that have a history
         self.timestep = 0 if timestep is None else timestep
 
-    def layout(self, image: Tensor) -> Layout:
-        """Where the tokens of an image `[B, C, h, w]` receive."""
-        config = self.config
+    def end(self, network: nn.Module, args: Args, output: Any) -> None:
+        self.layouts = None
+
+    def layout(self, level: int, image: Tensor) -> Layout:
+        """Where the tokens of an image `[B, C, h, w]` receive; one layout serves all images of a level."""
+        if self.layouts is None:
+            return self._lay_out(image)  # the container was called by itself
+        layout = self.layouts.get(level)
+        if layout is None or not layout.fits(image):
+            layout = self.layouts[level] = self._lay_out(image)
+        return layout
+
+    def _lay_out(self, image: Tensor) -> Layout:
+        config, device = self.config, image.device
         grid = Grid(image.shape[-2], image.shape[-1], config.sy, config.sx)
-        if not config.use_rand:
-            return Layout(grid, grid.dst(torch.zeros(1, 1, dtype=torch.int64, device=image.device)))
-        timestep = self.timestep
-        if isinstance(timestep, Tensor) and timestep.numel() > 1:
-            # One timestep per sample; a video network gives all frames of a sample the same.
-            each, rest = divmod(image.shape[0], timestep.numel())
-            timestep = timestep.flatten()[:1] if rest else timestep.flatten().repeat_interleave(each)
-        offset = cell_offsets(grid.cells, grid.sy * grid.sx, config.seed, timestep, image.device)
-        return Layout(grid, grid.dst(offset))
+        if config.use_rand:
+            timestep = self.timestep
+            if isinstance(timestep, Tensor) and timestep.numel() > 1:
+                # One timestep per sample; a video network gives all frames of a sample the same.
+                each, rest = divmod(image.shape[0], timestep.numel())
+                timestep = timestep.flatten()[:1] if rest else timestep.flatten().repeat_interleave(each)
+            offset = cell_offsets(grid.cells, grid.sy * grid.sx, config.seed, timestep, device)
+        else:
+            offset = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        windows = Windows.of(grid, device=device) if config.matching == "windowed" else None
+        return Layout(grid, grid.dst(offset), windows)
 
     def plan(self, x: Tensor, layout: Layout) -> TokenMap:
         """Which of the tokens `x` `[B, h * w, C]` of an image merge."""
@@ -190,9 +309,13 @@ class NetworkPatch:
         r = grid.r(self.config.ratio)
         if r == 0:
             return TokenMap.identity(x.shape[1], x.device)
-        if self.config.matching == "windowed":
-            return match_windowed(x, grid, layout.dst, r)
-        return match_exact(x, grid.partition(layout.dst), r)
+        if self.config.reuse and layout.map is not None and layout.map.fits(x):
+            return layout.map
+        if layout.windows is not None:
+            layout.map = match_windowed(x, layout.windows, layout.dst, r)
+        else:
+            layout.map = match_exact(x, grid.partition(layout.dst), r)
+        return layout.map
 
 
 class ContainerPatch:
@@ -204,32 +327,44 @@ class ContainerPatch:
     nothing through; there blocks look up the last call's.
     """
 
-    def __init__(self, owner: NetworkPatch, container: nn.Module, family: Family) -> None:
+    def __init__(self, owner: NetworkPatch, family: Family, sites: list[Site]) -> None:
+        container = sites[0].container
         self.owner = owner
+        self.level = sites[0].level
         self.image = Argument(container, family.image)
         self.carrier = Argument(container, family.carrier) if family.carrier else None
-        self.last: Layout | None = None
+        self.last: Call | None = None
         owner.handles.append(container.register_forward_pre_hook(self.lay_out, with_kwargs=True))
+        if owner.config.merge_stage:
+            StagePatch(self, family, sites)
+        else:
+            for site in sites:
+                BlockPatch(self, site)
 
     def lay_out(self, container: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        layout = self.owner.layout(self.image.get(args, kwargs))
+        call = Call(self.owner.layout(self.level, self.image.get(args, kwargs)))
         if self.carrier is None:
-            self.last = layout
+            self.last = call
             return args, kwargs
-        return self.carrier.put(args, kwargs, {**(self.carrier.get(args, kwargs) or {}), OWNER: layout})
+        return self.carrier.put(args, kwargs, {**(self.carrier.get(args, kwargs) or {}), OWNER: call})
 
-    def attach(self, site: Site) -> None:
-        patch = BlockPatch(self, site)
-        hooks = {"attn1": patch.enter_attn1, "attn2": patch.enter_attn2, "ff": patch.enter_ff}
-        handles, block = self.owner.handles, site.block
-        handles.append(block.get_submodule("norm1").register_forward_pre_hook(patch.keep_input))
-        for name, enter in hooks.items():
-            part = getattr(block, name, None)
-            if part is not None:
-                handles.append(part.register_forward_pre_hook(enter, with_kwargs=True))
-                if name in self.owner.config.parts:
-                    handles.append(part.register_forward_hook(patch.unmerge))
-        handles.append(block.register_forward_hook(patch.forget))
+    def plan(self, name: str, x: Tensor | None, call: Call | None, work: Work) -> TokenMap:
+        """The plan for the tokens `x` `[B, N, C]` of a block, for this work."""
+        grid = None if call is None else call.layout.grid
+        if x is None or call is None or grid is None or x.shape[1] != grid.h * grid.w:
+            tokens = "no tokens" if x is None else f"{x.shape[1]} tokens"
+            seen = "no image" if grid is None else f"an image of {grid.h} x {grid.w}"
+            raise RuntimeError(
+                f"tomesd: {name} was given {tokens} and {seen}: call the whole network, not a part of it, or "
+                "remove_patch first"
+            )
+        config = self.owner.config
+        if config.auto:
+            # torch.compile may take the sides of an image as unknown; the answer is for these ones.
+            sides = Grid(index(grid.h), index(grid.w), config.sy, config.sx)
+            if not pays(work, sides, index(x.shape[0]), config.ratio, config.matching, x.dtype, x.device):
+                return TokenMap.identity(x.shape[1], x.device)
+        return self.owner.plan(x, call.layout)
 
 
 class BlockPatch:
@@ -239,40 +374,37 @@ class BlockPatch:
         self.container = container
         self.name = site.name
         self.parts = container.owner.config.parts
+        self.work = work_of(site, [site], container.owner.config)
         self.x: Tensor | None = None
         self.map: TokenMap | None = None
+        handles, block = container.owner.handles, site.block
+        handles.append(block.get_submodule("norm1").register_forward_pre_hook(self.keep_input))
+        for name, enter in (("attn1", self.enter_attn1), ("attn2", self.enter_attn2), ("ff", self.enter_ff)):
+            part = getattr(block, name, None)
+            if part is not None:
+                handles.append(part.register_forward_pre_hook(enter, with_kwargs=True))
+                if name in self.parts:
+                    handles.append(part.register_forward_hook(self.unmerge))
+        handles.append(block.register_forward_hook(self.forget))
 
     def keep_input(self, norm: nn.Module, args: Args) -> None:
         # Not at the block itself: what CompVis' checkpointing recomputes begins after it.
         self.x = args[0]
 
     def enter_attn1(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        layout = kwargs.get(OWNER, self.container.last)
-        kwargs = self._without_layout(kwargs)
-        self._plan(layout)
+        call, kwargs = _take_call(kwargs)
+        x, self.x = self.x, None
+        self.map = self.container.plan(self.name, x, call or self.container.last, self.work)
         if "attn1" not in self.parts:
             return args, kwargs
-        hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", {})
-        for cache in CACHES:
-            if cache in hooks:
-                raise ValueError(
-                    f"tomesd: {self.name}.attn1 is cached by diffusers' {cache}, which gives back the tokens "
-                    "of another step: use either the cache or merge_attn=True"
-                )
-        mask = kwargs.get("attention_mask")
-        if mask is not None and kwargs.get("encoder_hidden_states") is None:
-            kwargs["attention_mask"] = self._merge_mask(mask)
-        return self._merge(args), kwargs
+        _refuse_caches(attn, f"{self.name}.attn1", "merge_attn=True")
+        return self._merge(args), _merge_mask(self.name, kwargs, self._map)
 
     def enter_attn2(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        kwargs = self._without_layout(kwargs)
+        _, kwargs = _take_call(kwargs)
         if "attn2" not in self.parts:
             return args, kwargs
-        if kwargs.get("ip_adapter_masks") is not None:
-            raise ValueError(
-                "tomesd: ip_adapter_masks belong to all tokens of the image and cannot be used with "
-                "merge_crossattn=True: patch without it"
-            )
+        _refuse_ip_masks(kwargs, "merge_crossattn=True")
         return self._merge(args), kwargs
 
     def enter_ff(self, ff: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
@@ -286,7 +418,7 @@ class BlockPatch:
         return self._merge(args), kwargs
 
     def unmerge(self, part: nn.Module, args: Args, output: Tensor) -> Tensor:
-        return output if self._map.is_identity else self._map.unmerge(output)
+        return self._map.unmerge(output)
 
     def forget(self, block: nn.Module, args: Args, output: Any) -> None:
         self.x = self.map = None
@@ -300,34 +432,108 @@ class BlockPatch:
             )
         return self.map
 
-    def _plan(self, layout: Layout | None) -> None:
-        x, self.x = self.x, None
-        if x is None or layout is None or x.shape[1] != layout.grid.h * layout.grid.w:
-            tokens = "no tokens" if x is None else f"{x.shape[1]} tokens"
-            seen = "no image" if layout is None else f"an image of {layout.grid.h} x {layout.grid.w}"
-            raise RuntimeError(
-                f"tomesd: {self.name} was given {tokens} and {seen}: call the whole network, not a part of "
-                "it, or remove_patch first"
-            )
-        self.map = self.container.owner.plan(x, layout)
-
     def _merge(self, args: Args) -> Args:
-        return args if self._map.is_identity else (self._map.merge(args[0]), *args[1:])
+        return (self._map.merge(args[0]), *args[1:])
 
-    def _merge_mask(self, mask: Tensor) -> Tensor:
-        """Merges a mask or bias of the keys, `[B, N]` or `[B, 1, N]`; the least visible token decides."""
-        token_map = self._map
-        if mask.shape[-1] != token_map.tokens or mask.dim() > 3 or (mask.dim() == 3 and mask.shape[1] != 1):
-            raise ValueError(
-                f"tomesd: {self.name} got a self-attention mask of shape {list(mask.shape)}; only masks of "
-                f"its keys, [B, {token_map.tokens}] or [B, 1, {token_map.tokens}], can be merged"
+
+class StagePatch:
+    """Runs all blocks of a container on merged tokens, and gives every token what its group has gained.
+
+    Of merged tokens `m` the blocks make `f(m)`; a token `x` becomes `x + unmerge(f(m) - m)`, so what tells it
+    from the rest of its group stays.
+    """
+
+    def __init__(self, container: ContainerPatch, family: Family, sites: list[Site]) -> None:
+        self.container = container
+        self.name = sites[0].name
+        self.work = work_of(sites[0], sites, container.owner.config)
+        first, last = sites[0].block, sites[-1].block
+        self.tokens = Argument(first, family.tokens)
+        self.carrier = Argument(first, family.carrier) if family.carrier else None
+        handles = container.owner.handles
+        handles.append(first.register_forward_pre_hook(self.merge, with_kwargs=True))
+        for site in sites:
+            for name, enter in (("attn1", self.enter_attn1), ("attn2", self.enter_attn2)):
+                part = getattr(site.block, name, None)
+                if part is not None:
+                    handles.append(part.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(last.register_forward_hook(self.unmerge, with_kwargs=True))
+
+    def merge(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        call = self._call(args, kwargs)
+        x = self.tokens.get(args, kwargs)
+        token_map = self.container.plan(self.name, x, call, self.work)
+        assert call is not None  # or there would have been no plan
+        call.stage = Stage(x, token_map, token_map.merge(x))
+        return self.tokens.put(args, kwargs, call.stage.merged)
+
+    def unmerge(self, block: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
+        stage = self._stage(self._call(args, kwargs))
+        if stage.map.is_identity:
+            return output
+        return stage.x + stage.map.unmerge(output - stage.merged)
+
+    def enter_attn1(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        call, kwargs = _take_call(kwargs)
+        stage = self._stage(call or self.container.last)
+        _refuse_caches(attn, f"{self.name}.attn1", "merge_stage=True")
+        return args, _merge_mask(self.name, kwargs, stage.map)
+
+    def enter_attn2(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        _, kwargs = _take_call(kwargs)
+        _refuse_caches(attn, f"{self.name}.attn2", "merge_stage=True")
+        _refuse_ip_masks(kwargs, "merge_stage=True")
+        return args, kwargs
+
+    def _call(self, args: Args, kwargs: Kwargs) -> Call | None:
+        if self.carrier is None:
+            return self.container.last
+        return (self.carrier.get(args, kwargs) or {}).get(OWNER)
+
+    def _stage(self, call: Call | None) -> Stage:
+        if call is None or call.stage is None:
+            raise RuntimeError(
+                f"tomesd: a part of the stage of {self.name} was called without the rest of it: call the "
+                "whole network, or remove_patch first"
             )
-        least = -token_map.merge(-mask.to(torch.float32).flatten(1), "amax")
-        return least.to(mask.dtype).view(*mask.shape[:-1], token_map.groups)
+        return call.stage
 
-    @staticmethod
-    def _without_layout(kwargs: Kwargs) -> Kwargs:
-        return {name: value for name, value in kwargs.items() if name != OWNER}
+
+def _take_call(kwargs: Kwargs) -> tuple[Call | None, Kwargs]:
+    """Takes the call out of what a container has handed on to attention."""
+    return kwargs.get(OWNER), {name: value for name, value in kwargs.items() if name != OWNER}
+
+
+def _refuse_caches(attn: nn.Module, name: str, option: str) -> None:
+    hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", {})
+    for cache in CACHES:
+        if cache in hooks:
+            raise ValueError(
+                f"tomesd: {name} is cached by diffusers' {cache}, which gives back the tokens of another "
+                f"step: use either the cache or {option}"
+            )
+
+
+def _refuse_ip_masks(kwargs: Kwargs, option: str) -> None:
+    if kwargs.get("ip_adapter_masks") is not None:
+        raise ValueError(
+            "tomesd: ip_adapter_masks belong to all tokens of the image and cannot be used with "
+            f"{option}: patch without it"
+        )
+
+
+def _merge_mask(name: str, kwargs: Kwargs, token_map: TokenMap) -> Kwargs:
+    """Merges a mask or bias of attn1's keys, `[B, N]` or `[B, 1, N]`; the least visible token decides."""
+    mask = kwargs.get("attention_mask")
+    if mask is None or kwargs.get("encoder_hidden_states") is not None:
+        return kwargs
+    if mask.shape[-1] != token_map.tokens or mask.dim() > 3 or (mask.dim() == 3 and mask.shape[1] != 1):
+        raise ValueError(
+            f"tomesd: {name} got a self-attention mask of shape {list(mask.shape)}; only masks of its keys, "
+            f"[B, {token_map.tokens}] or [B, 1, {token_map.tokens}], can be merged"
+        )
+    least = -token_map.merge(-mask.to(torch.float32).flatten(1), "amax")
+    return {**kwargs, "attention_mask": least.to(mask.dtype).view(*mask.shape[:-1], token_map.groups)}
 
 
 def _detach(network: nn.Module) -> bool:

@@ -158,8 +158,8 @@ class TokenMap:
                 total = total.div(_align(self.sizes, x), rounding_mode="floor")
             return total.to(x.dtype)
         if mode == "sum":
-            return self._weighted_sum(x, None)
-        mean = self._weighted_sum(x, self._mean_weights(x.shape[0], size, x.dtype))
+            return self._sum(x)
+        mean = self._mean(x, size)
         if mode == "mean":
             return mean
         longest = self._scatter(_norm(x), "amax")
@@ -185,40 +185,42 @@ class TokenMap:
             batch = "B" if self.index.shape[0] == 1 else self.index.shape[0]
             raise ValueError(f"{verb} needs a tensor of shape [{batch}, {length}, ...], got {list(x.shape)}")
 
-    def _mean_weights(self, batch: int, size: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What each token contributes to its group's mean, `[B, N]`, summing to 1 over each group."""
-        precise = torch.promote_types(dtype, torch.float32)
+    def _mean(self, x: Tensor, size: Tensor | None) -> Tensor:
         if size is None:
-            weight = self.sizes.to(precise).reciprocal().gather(1, self.index).expand(batch, -1)
-        else:
-            size = size.to(precise)
-            weight = size / self.unmerge(self._scatter(size, "sum"))
-        return weight.to(dtype)
+            return self._sum(x, mean=True)
+        size = size.to(torch.promote_types(x.dtype, torch.float32))
+        weight = size / self.unmerge(self._scatter(size, "sum"))
+        return self._sum(x, weight.to(x.dtype))
 
-    def _weighted_sum(self, x: Tensor, weight: Tensor | None) -> Tensor:
+    def _sum(self, x: Tensor, weight: Tensor | None = None, mean: bool = False) -> Tensor:
+        """The sum over each group of its tokens times their `weight` `[B, N]`, or their mean."""
+        groups = x.shape[0] * self.groups
         shape = (x.shape[0], self.groups, *x.shape[2:])
         if x.numel() == 0:
             return x.new_zeros(shape)
         flat = _flat(self.index, x.shape[0], self.groups)
+        count = torch.zeros(groups, dtype=torch.int64, device=x.device)
+        count = count.scatter_add(0, flat, torch.ones_like(flat))
+        part = count.to(torch.promote_types(x.dtype, torch.float32)).reciprocal().to(x.dtype)
         table = x.reshape(x.shape[0] * self.tokens, -1)
         if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
             # embedding_bag has no second derivative.
+            if mean:
+                weight = part[flat]
             rows = table if weight is None else table * weight.reshape(-1, 1)
-            out = rows.new_zeros(x.shape[0] * self.groups, rows.shape[1])
+            out = rows.new_zeros(groups, rows.shape[1])
             return out.index_add(0, flat, rows).view(shape)
         # embedding_bag over rows sorted by group, the sorting included, takes a half of index_add's time at
         # 2 x 16,384 tokens on CPU (scripts/bench_ops.py), and sums in float32.
-        order = flat.sort(stable=True).indices
-        count = torch.zeros(x.shape[0] * self.groups, dtype=torch.int64, device=x.device)
-        count = count.scatter_add(0, flat, torch.ones_like(flat))
-        out = F.embedding_bag(
-            order,
-            table,
-            offsets=count.cumsum(0) - count,
-            mode="sum",
-            per_sample_weights=None if weight is None else weight.reshape(-1)[order],
+        by_group, order = flat.sort(stable=True)
+        if mean:
+            weight = part[by_group]
+        elif weight is not None:
+            weight = weight.reshape(-1)[order]
+        offsets = count.cumsum(0) - count
+        return F.embedding_bag(order, table, offsets=offsets, mode="sum", per_sample_weights=weight).view(
+            shape
         )
-        return out.view(shape)
 
     def _scatter(self, x: Tensor, reduce: str) -> Tensor:
         index = _align(self.index, x).expand_as(x)

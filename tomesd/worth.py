@@ -1,0 +1,188 @@
+"""Does merging pay? Seconds of what runs on merged tokens, with and without, measured once for each shape.
+
+Nothing of the host is called for this: stand-ins of the same layer shapes are.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .matching import Windows, match_exact, match_windowed
+from .partition import Grid, cell_offsets
+
+# CLIP's context length, which cross-attention is taken to have.
+TEXT_TOKENS = 77
+# With more tokens than this merging wins by far wherever it was measured, and measuring would take long.
+ALWAYS = 8192
+ROUNDS = 7
+# Seconds after which no further round begins.
+PATIENCE = 0.3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What runs on the tokens of an image: shapes of the layers, and nothing of their values.
+
+    Args:
+        linears: of each linear layer the channels in and out and how many tokens of text it is for, None
+            where it is for the image's.
+        attentions: of each attention the heads, the channels of one, and the keys in the same way.
+        merges: how often tokens are merged and given back.
+    """
+
+    linears: tuple[tuple[int, int, int | None], ...]
+    attentions: tuple[tuple[int, int, int | None], ...]
+    merges: int
+
+    @classmethod
+    def of(cls, blocks: list[nn.Module], parts: tuple[str, ...], merges: int) -> Work:
+        """What the `parts` (of `attn1`, `attn2`, `ff`) of some transformer blocks are."""
+        linears, attentions = [], []
+        for block in blocks:
+            for name in parts:
+                part: Any = getattr(block, name, None)
+                if part is None:
+                    continue
+                if name == "ff":
+                    linears += _linears(part, None)
+                    continue
+                keys = TEXT_TOKENS if is_cross_attention(block, name) else None
+                linears += _linears(part.to_q, None) + _linears(part.to_out, None)
+                linears += _linears(part.to_k, keys) + _linears(part.to_v, keys)
+                attentions.append((part.heads, part.to_q.out_features // part.heads, keys))
+        return cls(tuple(linears), tuple(attentions), merges)
+
+    def flops(self, tokens: int) -> float:
+        """Floating point operations for one image of so many tokens."""
+        total = 0.0
+        for a, b, keys in self.linears:
+            total += 2 * (keys or tokens) * a * b
+        for heads, channels, keys in self.attentions:
+            total += 4 * tokens * (keys or tokens) * heads * channels
+        return total
+
+
+def is_cross_attention(block: nn.Module, name: str) -> bool:
+    # CompVis' attention does not say what it is, its block does.
+    otherwise = name == "attn2" or getattr(block, "disable_self_attn", False)
+    return bool(getattr(getattr(block, name), "is_cross_attention", otherwise))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds of some work without and with merging, the planning included."""
+
+    plain: float
+    merged: float
+
+    @property
+    def pays(self) -> bool:
+        return self.merged < self.plain
+
+    def __str__(self) -> str:
+        return f"measured {self.merged * 1000:.3g} ms with merging, {self.plain * 1000:.3g} ms without"
+
+
+def pays(
+    work: Work,
+    grid: Grid,
+    batch: int,
+    ratio: float,
+    matching: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Whether merging a share `ratio` of the tokens of an image makes this work faster."""
+    tokens = grid.h * grid.w
+    return tokens > ALWAYS or trial(work, grid, batch, ratio, matching, dtype, device).pays
+
+
+@cache
+def trial(
+    work: Work,
+    grid: Grid,
+    batch: int,
+    ratio: float,
+    matching: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Trial:
+    """Measures some work on an image, in turns, and keeps the minima: a process measures each shape once."""
+    with torch.no_grad():
+        ways = _ways(work, grid, batch, ratio, matching, dtype, device)
+        for way in ways:
+            way()
+        taken: list[tuple[float, ...]] = []
+        while len(taken) < ROUNDS and sum(map(sum, taken)) < PATIENCE:
+            taken.append(tuple(_seconds(way, device) for way in ways))
+    plain, merged = (min(seconds) for seconds in zip(*taken, strict=True))
+    return Trial(plain, merged)
+
+
+def _ways(
+    work: Work, grid: Grid, batch: int, ratio: float, matching: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Two callables that do the work of one image without and with merging."""
+    n, width = grid.h * grid.w, work.linears[0][0]
+    m = n - grid.r(ratio)
+
+    def fill(*shape: int) -> Tensor:
+        return torch.arange(math.prod(shape), device=device).sin().to(dtype).view(shape)
+
+    x = fill(batch, n, width)
+    weights = {(a, b): fill(b, a) for a, b, _ in work.linears}
+
+    def layers(tokens: int) -> Callable[[], None]:
+        inputs = {(a, keys): fill(batch, keys or tokens, a) for a, _, keys in work.linears}
+        queries = {shape: fill(batch, shape[0], tokens, shape[1]) for shape in work.attentions}
+        context = {shape: fill(batch, shape[0], shape[2] or tokens, shape[1]) for shape in work.attentions}
+
+        def run() -> None:
+            for a, b, keys in work.linears:
+                F.linear(inputs[a, keys], weights[a, b])
+            for shape in work.attentions:
+                k = context[shape]
+                F.scaled_dot_product_attention(queries[shape], k, k)
+
+        return run
+
+    run_all, run_merged = layers(n), layers(m)
+
+    def merged() -> None:
+        dst = grid.dst(cell_offsets(grid.cells, grid.sy * grid.sx, seed=0, device=device))
+        if matching == "windowed":
+            token_map = match_windowed(x, Windows.of(grid, device=device), dst, n - m)
+        else:
+            token_map = match_exact(x, grid.partition(dst), n - m)
+        for _ in range(work.merges):
+            token_map.unmerge(token_map.merge(x))
+        run_merged()
+
+    return run_all, merged
+
+
+def _seconds(way: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    begin = time.perf_counter()
+    way()
+    _wait(device)
+    return time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _linears(module: nn.Module, keys: int | None) -> list[tuple[int, int, int | None]]:
+    shapes = (parameter.shape for parameter in module.parameters() if parameter.dim() > 1)
+    return [(shape[1], shape[0], keys) for shape in shapes]
