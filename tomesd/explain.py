@@ -7,11 +7,12 @@ from numbers import Integral
 
 from torch import nn
 
+from . import worth
 from .config import MergeConfig
 from .families import Family, Site, find_networks, find_sites
 from .partition import Grid
 from .patch import left_alone, patch_of, work_of
-from .worth import Work, pays, trial
+from .worth import Work, pays, question
 
 # Images in a batch, for which auto is asked: both guidance halves of one.
 BATCH = 2
@@ -140,10 +141,11 @@ def _loss(site: Site, sites: list[Site], config: MergeConfig, grid: Grid) -> str
     weight = next(site.block.parameters())
     if weight.device.type == "meta":
         return None
-    question = (work_of(site, sites, config), grid, BATCH, config.ratio, config.matching)
-    if pays(*question, weight.dtype, weight.device):
+    kind = BATCH, weight.dtype, weight.device
+    work = work_of(site, sites, config)
+    if pays(work, config, grid.h, grid.w, *kind):
         return None
-    return f"merging does not pay: {trial(*question, weight.dtype, weight.device)}"
+    return f"merging does not pay: {worth.trial(work, *question(config, grid.h, grid.w), *kind)}"
 
 
 def _native_size(network: nn.Module) -> tuple[int, int]:

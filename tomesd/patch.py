@@ -361,8 +361,8 @@ class ContainerPatch:
         config = self.owner.config
         if config.auto:
             # torch.compile may take the sides of an image as unknown; the answer is for these ones.
-            sides = Grid(index(grid.h), index(grid.w), config.sy, config.sx)
-            if not pays(work, sides, index(x.shape[0]), config.ratio, config.matching, x.dtype, x.device):
+            h, w, batch = index(grid.h), index(grid.w), index(x.shape[0])
+            if not pays(work, config, h, w, batch, x.dtype, x.device):
                 return TokenMap.identity(x.shape[1], x.device)
         return self.owner.plan(x, call.layout)
 

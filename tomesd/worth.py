@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import MergeConfig
 from .matching import Windows, match_exact, match_windowed
 from .partition import Grid, cell_offsets
 
@@ -93,32 +94,30 @@ class Trial:
 
 
 def pays(
-    work: Work,
-    grid: Grid,
-    batch: int,
-    ratio: float,
-    matching: str,
-    dtype: torch.dtype,
-    device: torch.device,
+    work: Work, config: MergeConfig, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether merging a share `ratio` of the tokens of an image makes this work faster."""
-    tokens = grid.h * grid.w
-    return tokens > ALWAYS or trial(work, grid, batch, ratio, matching, dtype, device).pays
+    """Whether merging makes this work on an image of `h * w` tokens faster."""
+    return h * w > ALWAYS or trial(work, *question(config, h, w), batch, dtype, device).pays
+
+
+def question(config: MergeConfig, h: int, w: int) -> tuple[Grid, float, str]:
+    """What of the options the time depends on."""
+    return Grid(h, w, config.sy, config.sx), config.ratio, config.matching
 
 
 @cache
 def trial(
     work: Work,
     grid: Grid,
-    batch: int,
     ratio: float,
     matching: str,
+    batch: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Trial:
     """Measures some work on an image, in turns, and keeps the minima: a process measures each shape once."""
     with torch.no_grad():
-        ways = _ways(work, grid, batch, ratio, matching, dtype, device)
+        ways = _ways(work, grid, ratio, matching, batch, dtype, device)
         for way in ways:
             way()
         taken: list[tuple[float, ...]] = []
@@ -129,7 +128,7 @@ def trial(
 
 
 def _ways(
-    work: Work, grid: Grid, batch: int, ratio: float, matching: str, dtype: torch.dtype, device: torch.device
+    work: Work, grid: Grid, ratio: float, matching: str, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Two callables that do the work of one image without and with merging."""
     n, width = grid.h * grid.w, work.linears[0][0]

@@ -1,0 +1,313 @@
+"""Whole stages, plans that last, and merging only where it pays."""
+
+import copy
+import threading
+
+import diffusers as D
+import pytest
+import tiny
+import torch
+
+import tomesd
+from tomesd import worth
+from tomesd.token_map import TokenMap
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def count_plans(monkeypatch):
+    """A list that grows by every plan that is made."""
+    made = []
+    original = TokenMap.from_pairs
+    monkeypatch.setattr(TokenMap, "from_pairs", lambda *args: made.append(original(*args)) or made[-1])
+    return made
+
+
+# Whole stages
+
+
+@pytest.mark.parametrize("matching", ["windowed", "exact"])
+def test_a_stage_adds_to_every_token_what_its_group_has_gained(matching):
+    unet = tiny.sdxl_unet()
+    container = unet.down_blocks[2].attentions[0]  # three blocks
+    assert len(container.transformer_blocks) == 3
+    plain = copy.deepcopy(container.transformer_blocks)
+    tomesd.apply_patch(unet, 0.6, max_downsample=8, matching=matching, merge_stage=True)
+    seen = {}
+    container.transformer_blocks[0].register_forward_pre_hook(
+        lambda m, args, kwargs: seen.update(x=args[0], text=kwargs["encoder_hidden_states"]),
+        with_kwargs=True,
+        prepend=True,
+    )
+    container.transformer_blocks[2].register_forward_hook(
+        lambda m, args, kwargs, y: seen.update(y=y, call=kwargs["cross_attention_kwargs"]["_tomesd"]),
+        with_kwargs=True,
+    )
+    tiny.CASES["sdxl"](unet, h=12, w=20)
+    x, y, token_map = seen["x"], seen["y"], seen["call"].stage.map
+    assert (token_map.tokens, token_map.groups) == (15, 6)
+    merged = f = token_map.merge(x)
+    for block in plain:
+        f = block(f, encoder_hidden_states=seen["text"])
+    for b in range(len(x)):
+        for n in range(x.shape[1]):
+            group = token_map.index[b, n]
+            torch.testing.assert_close(y[b, n], x[b, n] + f[b, group] - merged[b, group])
+
+
+def test_stages_merge_once_for_each_transformer(monkeypatch):
+    made = count_plans(monkeypatch)
+    unet = tiny.sdxl_unet()
+    tomesd.apply_patch(unet, max_downsample=4, merge_stage=True)
+    tiny.CASES["sdxl"](unet)
+    assert len(made) == len({row.name.split(".transformer_blocks")[0] for row in tomesd.explain(unet).rows})
+
+
+def test_explain_counts_all_parts_of_a_stage():
+    unet = tiny.small_unet()
+    tomesd.apply_patch(unet, 0.5)
+    attention = tomesd.explain(unet, 128).saved
+    tomesd.apply_patch(unet, 0.5, merge_crossattn=True, merge_mlp=True)
+    parts = tomesd.explain(unet, 128).saved
+    tomesd.apply_patch(unet, 0.5, merge_stage=True)
+    assert attention < parts == tomesd.explain(unet, 128).saved
+
+
+def test_what_a_stage_cannot_do_is_said():
+    pipe = tiny.sd()
+    tomesd.apply_patch(pipe, merge_stage=True)
+    with pytest.raises(ValueError, match="cannot be used with merge_stage=True"):
+        tiny.generate(pipe, cross_attention_kwargs={"ip_adapter_masks": [torch.ones(1, 1, 16, 16)]})
+    block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    with pytest.raises(RuntimeError, match="given 9 tokens and no image"):
+        block(torch.randn(1, 9, 16))
+    with pytest.raises(RuntimeError, match=r"a part of the stage of .* was called without the rest of it"):
+        block.attn1(torch.randn(1, 9, 16))
+
+
+def test_self_attention_masks_merge_with_a_stage():
+    unet = tiny.small_unet()
+    container = unet.down_blocks[0].attentions[0]
+    tomesd.apply_patch(unet, merge_stage=True)
+    x, text = torch.randn(2, 16, 4, 6), torch.randn(2, 7, tiny.TEXT)
+    seen = []
+    container.transformer_blocks[0].attn1.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append((args[0], kwargs["attention_mask"])), with_kwargs=True
+    )
+    container(x, text, attention_mask=torch.ones(2, 24))
+    tokens, mask = seen[0]
+    assert tokens.shape[1] == mask.shape[-1] == 12
+
+
+# Plans that last
+
+
+def test_reuse_1_makes_one_plan_for_each_size(monkeypatch):
+    made = count_plans(monkeypatch)
+    unet = tiny.unet()
+    call = tiny.CASES["sd"]
+    levels = {row.downsample: 0 for row in tomesd.explain(unet).rows}
+    for reuse, plans in ((0, len(tomesd.explain(unet).rows)), (1, len(levels)), (5, len(levels))):
+        tomesd.apply_patch(unet, max_downsample=8, reuse=reuse)
+        made.clear()
+        call(unet)
+        assert len(made) == plans
+        call(unet)  # a lone timestep does not tell that a loop goes on
+        assert len(made) == 2 * plans
+
+
+def loop(pipe, prompt="a cat", steps=6, **call):
+    return tiny.generate(pipe, prompt, num_inference_steps=steps, **call)
+
+
+def test_plans_last_for_k_steps_of_a_loop(monkeypatch):
+    made = count_plans(monkeypatch)
+    pipe = tiny.sd(unet=tiny.small_unet())
+    for reuse, refreshed in ((1, 7), (2, 4), (3, 3), (99, 1)):
+        tomesd.apply_patch(pipe, reuse=reuse)
+        made.clear()
+        loop(pipe, steps=7)
+        assert len(made) == refreshed
+
+
+def test_a_plan_is_never_that_of_another_loop():
+    pipe = tiny.sd(unet=tiny.small_unet())
+    tomesd.apply_patch(pipe, reuse=3)
+    alone = loop(pipe)
+
+    def interrupt(pipe, step, timestep, kwargs):
+        if step == 3:
+            raise KeyboardInterrupt
+        return kwargs
+
+    with pytest.raises(KeyboardInterrupt):
+        loop(pipe, "a dog", callback_on_step_end=interrupt)
+    assert torch.equal(loop(pipe), alone)
+    loop(pipe, ["a cat", "two"], height=64)
+    loop(pipe, steps=4)
+    assert torch.equal(loop(pipe), alone)
+    twin = copy.deepcopy(pipe.unet)
+    pipe.unet = twin
+    assert torch.equal(loop(pipe), alone)
+
+
+def test_a_manual_loop_that_runs_again_plans_again():
+    unet = tiny.small_unet()
+    tomesd.apply_patch(unet, reuse=10)
+    x, text = tiny.inputs(16, 16, 2)
+    timesteps = torch.arange(900, 0, -100)
+
+    def run(x, steps):
+        for t in steps:
+            x = x - 0.1 * unet(x, t, text).sample
+        return x
+
+    alone = run(x, timesteps)
+    run(-x, timesteps[:4])  # interrupted
+    assert torch.equal(run(x, timesteps), alone)
+    fresh = run(x, timesteps.clone()[3:])  # begins in the middle, as img2img does
+    run(-x, timesteps.clone()[:5])
+    assert torch.equal(run(x, timesteps.clone()[3:]), fresh)
+
+
+def test_guidance_halves_apart_have_the_plans_of_halves_together():
+    unet = tiny.small_unet()
+    tomesd.apply_patch(unet, reuse=3)
+    x, text = tiny.inputs(16, 16, 2)
+    timesteps = torch.arange(900, 0, -150)
+    halves = text[:1].clone(), text[1:].clone()
+    for t in timesteps:
+        together = unet(x, t, text).sample
+        apart = [unet(x[i : i + 1], t, half).sample for i, half in enumerate(halves)]
+        torch.testing.assert_close(torch.cat(apart), together, atol=1e-5, rtol=1e-4)
+        x = x - 0.1 * together
+
+
+def test_a_plan_for_another_size_is_not_used():
+    unet = tiny.small_unet()
+    x, text = tiny.inputs(16, 16, 2)
+    timesteps = torch.arange(900, 0, -150)
+    for reuse in (1, 4):
+        tomesd.apply_patch(unet, reuse=reuse)
+        unet(x, timesteps[0], text)
+        small = [unet(x[..., :8], timesteps[1], text).sample, unet(x[:, :, :8], timesteps[2], text).sample]
+        if reuse == 1:
+            want = small
+    assert all(torch.equal(a, b) for a, b in zip(small, want, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"reuse": 2}, {"merge_stage": True}])
+def test_pipelines_in_threads_of_their_own(options):
+    pipes = [tiny.sd(unet=tiny.small_unet()) for _ in range(3)]
+    for i, pipe in enumerate(pipes):
+        tomesd.apply_patch(pipe, (0.25, 0.5, 0.75)[i], **options)
+    alone = [loop(pipe) for pipe in pipes]
+    assert not torch.equal(alone[0], alone[1])
+    together = [None] * 3
+
+    def draw(i):
+        together[i] = loop(pipes[i])
+
+    threads = [threading.Thread(target=draw, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_img2img_and_controlnet_loops_reuse():
+    from PIL import Image
+
+    picture = Image.new("RGB", (128, 128), "teal")
+    pipe = tiny.sd(D.StableDiffusionImg2ImgPipeline, unet=tiny.small_unet())
+    tomesd.apply_patch(pipe, reuse=2)
+    first = loop(pipe, image=picture, strength=0.6)
+    assert torch.equal(loop(pipe, image=picture, strength=0.6), first)
+    pipe = tiny.sd(D.StableDiffusionControlNetPipeline, unet=tiny.unet(), controlnet=tiny.controlnet())
+    tomesd.apply_patch(pipe, reuse=2)
+    first = loop(pipe, image=picture, steps=3)
+    assert torch.equal(loop(pipe, image=picture, steps=3), first)
+
+
+# Merging only where it pays
+
+
+def test_auto_leaves_alone_what_would_be_slower_and_explain_says_so(monkeypatch):
+    unet = tiny.unet()
+    call = tiny.CASES["sd"]
+    plain = call(unet)
+    tomesd.apply_patch(unet, max_downsample=8)
+    merged = call(unet)
+    asked = []
+
+    def slower_below(tokens):
+        def trial(work, grid, *rest):
+            asked.append((work, grid, *rest))
+            return worth.Trial(plain=1.0, merged=2.0 if grid.h * grid.w < tokens else 0.5)
+
+        return trial
+
+    tomesd.apply_patch(unet, max_downsample=8, auto=True)
+    for tokens, want in ((0, merged), (9999, plain)):
+        monkeypatch.setattr(worth, "trial", slower_below(tokens))
+        assert torch.equal(call(unet), want)
+    assert {(q[1].h, *q[2:5]) for q in asked} == {(side, 0.5, "windowed", 2) for side in (16, 8, 4, 2)}
+    monkeypatch.setattr(worth, "trial", slower_below(100))
+    some = call(unet)
+    assert not torch.equal(some, merged)
+    assert not torch.equal(some, plain)
+    reasons = {row.before: row.left_alone for row in tomesd.explain(unet, 128).rows}
+    assert reasons[256] is None
+    assert reasons[64] == "merging does not pay: measured 2e+03 ms with merging, 1e+03 ms without"
+
+
+@pytest.mark.parametrize("options", [{}, {"merge_mlp": True}, {"merge_stage": True}, {"matching": "exact"}])
+def test_auto_really_measures(options):
+    unet = tiny.small_unet()
+    tomesd.apply_patch(unet, auto=True, **options)
+    # For 16 tokens of 16 channels matching takes many times what there is to save.
+    assert "merging does not pay: measured" in tomesd.explain(unet, 32).rows[0].left_alone
+    plain = tiny.CASES["sd"](tomesd.remove_patch(copy.deepcopy(unet)), 4, 4)
+    assert torch.equal(tiny.CASES["sd"](unet, 4, 4), plain)
+
+
+def test_auto_merges_where_attention_outweighs_matching():
+    work = worth.Work(linears=((64, 64, None),) * 4, attentions=((1, 64, None),), merges=1)
+    grid = tomesd.partition.Grid(64, 64)
+    trial = worth.trial(work, grid, 0.75, "windowed", 1, torch.float32, torch.device("cpu"))
+    assert trial.pays
+    assert 0 < trial.merged < trial.plain
+
+
+def test_auto_compiles_to_the_answer_for_each_size(monkeypatch):
+    torch.compiler.reset()
+    unet = tiny.small_unet()
+    call = tiny.CASES["sd"]
+    tomesd.apply_patch(unet, auto=True)
+    answer = lambda work, grid, *rest: worth.Trial(1.0, 2.0 if grid.h * grid.w < 100 else 0.5)  # noqa: E731
+    monkeypatch.setattr(worth, "trial", answer)
+    sizes = ((16, 16), (8, 8), (16, 24), (16, 16))
+    want = [call(unet, *size) for size in sizes]
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    for size, expected in zip(sizes, want, strict=True):
+        torch.testing.assert_close(call(compiled, *size), expected)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"reuse": -1}, ValueError, "reuse must be at least 0, the number of steps a plan lasts, got -1"),
+        ({"reuse": True}, TypeError, r"reuse must be an integer, got True \(bool\)"),
+        ({"merge_stage": 1}, TypeError, r"merge_stage must be a bool, got 1 \(int\)"),
+        ({"auto": "yes"}, TypeError, r"auto must be a bool, got 'yes' \(str\)"),
+    ],
+)
+def test_bad_options_are_named(options, error, says):
+    with pytest.raises(error, match=says):
+        tomesd.apply_patch(tiny.small_unet(), **options)
