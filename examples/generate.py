@@ -88,6 +88,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--ratio", type=float, default=0.5, help="share of tokens to merge, 0 for none (default: 0.5)"
     )
+    p.add_argument(
+        "--stage",
+        action="store_true",
+        help="run whole transformers on merged tokens, not self-attention only",
+    )
+    p.add_argument(
+        "--max-downsample",
+        type=int,
+        choices=(1, 2, 4, 8),
+        help="merge at levels up to this one (default: the finest with attention)",
+    )
+    p.add_argument("--auto", action="store_true", help="leave blocks alone where merging would be slower")
     p.add_argument("--compare", action="store_true", help="draw plain and merged side by side, with times")
     p.add_argument("--size", type=size, help="N or WxH in pixels (default: the model's own size)")
     p.add_argument("--steps", type=positive, help="denoising steps (default: 20, or the pipeline's own)")
@@ -294,7 +306,13 @@ class Drawer:
             self.tomesd.remove_patch(self.pipe)
             return
         try:
-            self.tomesd.apply_patch(self.pipe, ratio=self.args.ratio)
+            self.tomesd.apply_patch(
+                self.pipe,
+                self.args.ratio,
+                self.args.max_downsample,
+                merge_stage=self.args.stage,
+                auto=self.args.auto,
+            )
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from None
 

@@ -82,11 +82,14 @@ def test_what_a_stage_cannot_do_is_said():
     tomesd.apply_patch(pipe, merge_stage=True)
     with pytest.raises(ValueError, match="cannot be used with merge_stage=True"):
         tiny.generate(pipe, cross_attention_kwargs={"ip_adapter_masks": [torch.ones(1, 1, 16, 16)]})
-    block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    unet = tiny.sdxl_unet()
+    tomesd.apply_patch(unet, max_downsample=4, merge_stage=True)
+    blocks = unet.down_blocks[2].attentions[0].transformer_blocks
+    x, text = torch.randn(1, 9, 32), torch.randn(1, 7, 2 * tiny.TEXT)
     with pytest.raises(RuntimeError, match="given 9 tokens and no image"):
-        block(torch.randn(1, 9, 16))
+        blocks[0](x, encoder_hidden_states=text)
     with pytest.raises(RuntimeError, match=r"a part of the stage of .* was called without the rest of it"):
-        block.attn1(torch.randn(1, 9, 16))
+        blocks[-1](x, encoder_hidden_states=text)
 
 
 def test_self_attention_masks_merge_with_a_stage():

@@ -277,7 +277,7 @@ class NetworkPatch:
         self.timestep = 0 if timestep is None else timestep
 
     def end(self, network: nn.Module, args: Args, output: Any) -> None:
-        self.layouts = None
+        self.layouts, self.timestep = None, 0
 
     def layout(self, level: int, image: Tensor) -> Layout:
         """Where the tokens of an image `[B, C, h, w]` receive; one layout serves all images of a level."""
@@ -468,16 +468,20 @@ class StagePatch:
         return self.tokens.put(args, kwargs, call.stage.merged)
 
     def unmerge(self, block: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
-        stage = self._stage(self._call(args, kwargs))
+        call = self._call(args, kwargs)
+        stage = self._stage(call)
+        if call is self.container.last:
+            self.container.last = None  # it holds tensors
         if stage.map.is_identity:
             return output
         return stage.x + stage.map.unmerge(output - stage.merged)
 
     def enter_attn1(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         call, kwargs = _take_call(kwargs)
-        stage = self._stage(call or self.container.last)
         _refuse_caches(attn, f"{self.name}.attn1", "merge_stage=True")
-        return args, _merge_mask(self.name, kwargs, stage.map)
+        if kwargs.get("attention_mask") is None:
+            return args, kwargs
+        return args, _merge_mask(self.name, kwargs, self._stage(call).map)
 
     def enter_attn2(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         _, kwargs = _take_call(kwargs)
