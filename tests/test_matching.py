@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tomesd import matching
+from tomesd.bench import memory
 from tomesd.matching import Windows, match_exact, match_windowed
 from tomesd.partition import Grid, Partition, alternate, cell_offsets, every_kth, random_src
 
@@ -240,3 +241,16 @@ def test_memory_grows_with_the_tokens_not_their_square():
     with Watch():
         match_exact(metric, few, 1000)
     assert largest <= matching.CHUNK
+
+
+def test_planning_4k_takes_a_few_times_the_tokens():
+    """Two images of 130,560 tokens, for whose similarities tomesd 0.1.3 needs 25.6 GB."""
+    grid = Grid(272, 480)
+    dst = grid.dst(cell_offsets(grid.cells, 4, 0))
+    metric = torch.randn(2, 272 * 480, 320)
+    made = []
+    taken = memory.peak(lambda: made.append(match_windowed(metric, Windows.of(grid), dst, 65_280)), "cpu")
+    assert made[0].groups == 65_280
+    if taken is None:
+        pytest.skip("this system does not tell what memory a call takes")
+    assert 0.1 < taken * 2**20 / metric.nbytes < 4

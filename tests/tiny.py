@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import diffusers as D
-import peers
 import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from tomesd.bench import peers
 
 TEXT = 32  # width of the text embedding
 
@@ -105,8 +105,8 @@ def peer(name: str, alias: str | None = None):
     """Another package to compare with; skips the test where it cannot be fetched."""
     try:
         return peers.load(name, alias)
-    except subprocess.CalledProcessError:
-        pytest.skip(f"{peers.PEERS[name]} cannot be fetched here")
+    except peers.Unavailable as error:
+        pytest.skip(str(error))
 
 
 def _awake(network: nn.Module) -> nn.Module:

@@ -1,0 +1,1 @@
+"""`python -m tomesd bench` and `plot`: how fast each way to merge is, and how fast it could be."""

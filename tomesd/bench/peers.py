@@ -1,0 +1,86 @@
+"""Fetches the packages that tomesd is compared with from PyPI.
+
+    python -m tomesd.bench.peers
+
+They lie in the ignored folder .cache/peers of a checkout, else in ~/.cache/tomesd/peers, and are unpacked,
+never installed: tomesd 0.1.3 would shadow this package. `load` imports one from there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+PEERS = {
+    "tomesd": "tomesd==0.1.3",
+    # The code of Stable Diffusion 2 by CompVis and Stability AI, as the package `ldm`.
+    "ldm": "stable-diffusion-sdkit==2.1.5",
+}
+ROOT = Path(__file__).resolve().parents[2]
+# In a worktree .git is a file.
+CHECKOUT = (ROOT / ".git").exists() and (ROOT / "setup.py").is_file()
+FOLDER = ROOT / ".cache" / "peers" if CHECKOUT else Path.home() / ".cache" / "tomesd" / "peers"
+
+
+class Unavailable(RuntimeError):
+    """A peer that is neither here nor to be had from PyPI."""
+
+
+def fetch(name: str) -> Path:
+    """The folder that holds the unpacked peer; downloads it first if need be.
+
+    Raises:
+        Unavailable: pip could not download it.
+    """
+    folder = FOLDER / PEERS[name].replace("==", "-")
+    if not (folder / name).is_dir():
+        with tempfile.TemporaryDirectory() as download:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", download]
+            command += ["--disable-pip-version-check", "--only-binary", ":all:", PEERS[name]]
+            pip = subprocess.run(command, capture_output=True, text=True)
+            if pip.returncode:
+                # The last line says what, the ones before it how often it was tried.
+                last = (pip.stderr.strip().splitlines() or ["no reason given"])[-1]
+                raise Unavailable(f"pip cannot download {PEERS[name]} (no network?): {last}")
+            with zipfile.ZipFile(next(Path(download).glob("*.whl"))) as wheel:
+                wheel.extractall(Path(download) / "unpacked")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(Path(download) / "unpacked", folder, dirs_exist_ok=True)
+    return folder
+
+
+def load(name: str, alias: str | None = None) -> ModuleType:
+    """Imports a peer's package, under another name if `alias` is given.
+
+    Raises:
+        Unavailable: as `fetch`.
+    """
+    alias = alias or name
+    if alias not in sys.modules:
+        package = fetch(name) / name
+        spec = importlib.util.spec_from_file_location(
+            alias, package / "__init__.py", submodule_search_locations=[str(package)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[alias] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[alias]
+
+
+def main() -> None:
+    for peer in PEERS:
+        try:
+            print(fetch(peer))
+        except Unavailable as error:
+            sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

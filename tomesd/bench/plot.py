@@ -1,0 +1,140 @@
+"""Draws what `bench --csv` has written: speed over size, and below it the share of the ideal or memory.
+
+    python -m tomesd bench --csv bench.csv
+    python -m tomesd plot bench.csv --out bench.png
+    python -m tomesd plot cpu.csv gpu.csv --below peak_mib --out bench.png
+
+A panel for each device, level, model, dtype and kind of running, a line for each way. What was measured twice
+is drawn as it was measured last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from .speed import FIGURES
+from .ways import WAYS
+
+# What makes a panel, and how to put it.
+PANEL = ("device", "level", "model", "dtype", "compiled", "ratio", "batch")
+LABELS = {"share_median": "share of the ideal saving", "peak_mib": "memory of a call, MiB"}
+# Ideals are drawn as the limits that they are: in the colour of what they limit, and dashed.
+COLOURS = {
+    "plain": "0.55",
+    "tomesd-0.1.3": "C5",
+    "exact": "C9",
+    **{"ideal": "C0", "windowed": "C0", "reuse": "C2"},
+    **{"ideal-stage": "C1", "stage": "C1", "ideal-stage-4": "C3", "stage-4": "C3"},
+    **{"todo": "C4", "hypertile": "C6"},
+}
+
+Point = dict[str, str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("csv", type=Path, nargs="+", help="what `bench --csv` has written")
+    parser.add_argument("--out", type=Path, default=Path("bench.png"), help="the picture (bench.png)")
+    parser.add_argument("--below", choices=LABELS, default="share_median", help="the second row of panels")
+
+
+def read(paths: list[Path]) -> list[Point]:
+    """All rows that have figures.
+
+    Raises:
+        ValueError: a file is not what the benchmark writes, or none has figures.
+    """
+    rows: list[Point] = []
+    for path in paths:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            missing = {*PANEL, "way", "size", *FIGURES} - set(reader.fieldnames or [])
+            if missing:
+                raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: not of `bench --csv`")
+            rows += [row for row in reader if row["median_s"] and row["speed"]]
+    if not rows:
+        raise ValueError(f"no way was measured in {', '.join(map(str, paths))}")
+    return rows
+
+
+def title(rows: list[Point], key: tuple[str, ...]) -> str:
+    """What a panel shows; what all panels share is left to the heading."""
+    first = dict(zip(PANEL, key, strict=True))
+    words = [words_for(name, first[name]) for name in PANEL if len({row[name] for row in rows}) > 1]
+    return ", ".join(filter(None, words))
+
+
+def heading(rows: list[Point]) -> str:
+    """What all panels share."""
+    words = [words_for(name, rows[0][name]) for name in PANEL if len({row[name] for row in rows}) == 1]
+    return ", ".join(filter(None, words))
+
+
+def words_for(name: str, value: str) -> str:
+    if name == "compiled":
+        return "compiled" if value == "True" else "eager"
+    return f"{name} {value}" if name in ("ratio", "batch") else value
+
+
+def draw(rows: list[Point], below: str) -> Any:
+    """A figure of matplotlib."""
+    from matplotlib.figure import Figure
+
+    sizes = sorted({row["size"] for row in rows}, key=lambda size: math.prod(map(int, size.split("x"))))
+    ways = [way for way in WAYS if any(row["way"] == way for row in rows)]
+    panels = list(dict.fromkeys(tuple(row[name] for name in PANEL) for row in rows))
+    figure = Figure(figsize=(2.4 + 3.4 * len(panels), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row")
+    for column, key in enumerate(panels):
+        here = [row for row in rows if tuple(row[name] for name in PANEL) == key]
+        for axis, figure_name in zip(axes[:, column], ("speed", below), strict=True):
+            for way in ways:
+                points = {row["size"]: row for row in here if row["way"] == way and row[figure_name]}
+                at = [i for i, size in enumerate(sizes) if size in points]
+                values = [float(points[sizes[i]][figure_name]) for i in at]
+                ideal = way.startswith("ideal")
+                if ideal and figure_name == "share_median":
+                    continue  # 1 by definition
+                style: dict[str, Any] = (
+                    {"marker": "_", "linestyle": "--", "linewidth": 1.1}
+                    if ideal
+                    else {"marker": "o", "markersize": 4}
+                )
+                axis.plot(at, values, color=COLOURS[way], label=way, **style)
+            axis.grid(axis="y", color="0.92")
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0, column].set_title(title(rows, key), fontsize=10)
+        axes[1, column].set_xticks(range(len(sizes)), sizes, rotation=25, ha="right")
+        axes[1, column].set_xlabel("pixels")
+        axes[1, column].set_ylim(min(0.0, axes[1, column].get_ylim()[0]), None)
+        if below == "share_median":
+            axes[1, column].axhline(1, color="0.3", linewidth=1.1, linestyle="--")
+    axes[0, 0].set_ylabel("speed, plain = 1")
+    axes[1, 0].set_ylabel(LABELS[below])
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside right center", frameon=False)
+    figure.suptitle(heading(rows), fontsize=11)
+    return figure
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    parser: argparse.ArgumentParser = args.command
+    try:
+        rows = read(args.csv)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    try:
+        figure = draw(rows, args.below)
+    except ImportError:
+        sys.exit("plot needs matplotlib: pip install 'tomesd[bench]'")
+    try:
+        figure.savefig(args.out, dpi=150)
+    except (OSError, ValueError) as error:  # no such folder, or no such format
+        parser.error(f"argument --out: {error}")
+    print(args.out)
+    return 0
