@@ -30,6 +30,7 @@ COLOURS = {
     "exact": "C9",
     **{"ideal": "C0", "windowed": "C0", "reuse": "C2"},
     **{"ideal-stage": "C1", "stage": "C1", "ideal-stage-4": "C3", "stage-4": "C3"},
+    **{"all-levels": "C7", "auto": "C8"},
     **{"todo": "C4", "hypertile": "C6"},
 }
 

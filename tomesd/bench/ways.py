@@ -239,6 +239,16 @@ WAYS = {
         partial(merge_unet, reuse=1),
         "ideal",
     ),
+    "all-levels": Way(
+        "tomesd with max_downsample=8: at small levels merging may cost more than it saves",
+        None,
+        partial(merge_unet, max_downsample=8),
+    ),
+    "auto": Way(
+        "the same with auto=True: blocks are left alone where merging does not pay",
+        None,
+        partial(merge_unet, max_downsample=8, auto=True),
+    ),
     "ideal-stage": Way(
         "as ideal, but each transformer runs all of its blocks on the tokens that are left",
         None,
