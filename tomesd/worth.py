@@ -178,8 +178,10 @@ def _seconds(way: Callable[[], object], device: torch.device) -> float:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def _linears(module: nn.Module, keys: int | None) -> list[tuple[int, int, int | None]]:
