@@ -386,12 +386,32 @@ def test_numbers_as_timesteps_and_other_sizes_compile():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("options", [{}, {"reuse": 2}, {"merge_stage": True}, {"auto": True}])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_denoising_loop_compiles_once(blocks, options):
+    pipe = tiny.sd(unet=tiny.small_unet())
+    # Compiled as a whole, a network makes new plans in each step.
+    eager = {"reuse": 1} if "reuse" in options and not blocks else options
+    tomesd.apply_patch(pipe, max_downsample=8, **eager)
+    want = tiny.generate(pipe, num_inference_steps=5)
+    tomesd.apply_patch(pipe, max_downsample=8, **options)
+    if blocks:
+        pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+    else:
+        pipe.unet.compile(backend="eager", fullgraph=True)
+    tiny.generate(pipe, num_inference_steps=2)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(tiny.generate(pipe, num_inference_steps=5), want)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("options", [{}, {"merge_stage": True, "reuse": 1}])
 @pytest.mark.parametrize("way", ["wrapper", "in place", "blocks"])
-def test_patching_after_compiling(way):
+def test_patching_after_compiling(way, options):
     unet = tiny.small_unet()
     call = tiny.CASES["sd"]
     plain = call(unet)
-    tomesd.apply_patch(unet)
+    tomesd.apply_patch(unet, **options)
     merged = call(unet)
     tomesd.remove_patch(unet)
     if way == "wrapper":
@@ -403,7 +423,7 @@ def test_patching_after_compiling(way):
         compiled = unet
         unet.compile_repeated_blocks(backend="eager", fullgraph=True)
     torch.testing.assert_close(call(compiled), plain)
-    tomesd.apply_patch(compiled)
+    tomesd.apply_patch(compiled, **options)
     torch.testing.assert_close(call(compiled), merged)
     tomesd.remove_patch(compiled)
     torch.testing.assert_close(call(compiled), plain)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import index
 from typing import Any, Literal, TypeVar
 
@@ -23,8 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from .config import MergeConfig
 from .families import Family, Site, find_networks, find_sites
 from .hooks import Args, Argument, Kwargs, recompile
-from .matching import Windows, match_exact, match_windowed
-from .partition import Grid, cell_offsets
+from .layout import Layout, Memory
 from .token_map import TokenMap
 from .worth import Work, pays
 
@@ -73,7 +72,7 @@ def apply_patch(
         merge_stage: merge once for each transformer (`Transformer2DModel`) and run all its blocks on merged
             tokens; each token then gains what its group has gained. Takes the place of the other three.
         reuse: how long a plan lasts. 0: each block makes its own; 1: all blocks of one size share one in a
-            step; k: for k steps of a denoising loop.
+            step; k: for k steps of a denoising loop (compiled networks: for one).
         auto: leave blocks alone where merging would be slower, which is measured once for each shape of
             tokens, in about a second; `explain` tells. So the picture may depend on the machine.
 
@@ -174,21 +173,6 @@ def work_of(site: Site, sites: list[Site], config: MergeConfig) -> Work:
     return Work.of([other.block for other in sites if other.container is site.container], config.parts, 1)
 
 
-@dataclass(eq=False)
-class Layout:
-    """An image of some size: who receives there (`[1 or B, cells]`), and the plan that blocks share."""
-
-    grid: Grid
-    dst: Tensor
-    windows: Windows | None
-    map: TokenMap | None = None
-
-    def fits(self, image: Tensor) -> bool:
-        """Whether it was made for an image `[B, C, h, w]` like this one."""
-        same = (self.grid.h, self.grid.w) == tuple(image.shape[-2:]) and self.dst.device == image.device
-        return same and self.dst.shape[0] in (1, image.shape[0])
-
-
 @dataclass(frozen=True, eq=False)
 class Stage:
     """What a whole stage keeps from its first block to its last: tokens as they were, and merged."""
@@ -204,51 +188,6 @@ class Call:
 
     layout: Layout
     stage: Stage | None = None
-
-
-class Memory:
-    """The layouts of a denoising loop, kept for as many steps as a plan lasts.
-
-    Schedulers of diffusers hand out the timesteps of a loop as views of one tensor: its storage tells one
-    loop from another, and the offset in it is the number of the step. So nothing is read from the device, and
-    a loop that was interrupted, begins in the middle or runs again never meets the plans of another.
-    Guidance halves that are called apart are told apart by their text.
-    """
-
-    def __init__(self) -> None:
-        self.loop: torch.UntypedStorage | None = None
-        self.run = -1
-        self.halves: list[Half] = []
-
-    def recall(self, timestep: object, text: object, steps: int) -> dict[int, Layout]:
-        """The layouts of the calls before this one in a run of `steps` steps; empty in the first."""
-        if not isinstance(timestep, Tensor) or timestep.untyped_storage().nbytes() <= timestep.element_size():
-            return {}  # a lone number does not tell which loop it belongs to
-        loop, step = timestep.untyped_storage(), int(timestep.storage_offset())
-        if self.loop is None or self.loop.data_ptr() != loop.data_ptr() or self.run != step // steps:
-            self.halves = []
-        # The storage is kept alive, or the timesteps of another loop could come to stand at its address.
-        self.loop, self.run = loop, step // steps
-        half = next((half for half in self.halves if half.text is text), None)
-        if half is None:
-            half = Half(text)
-            self.halves.append(half)
-        elif step <= half.step:
-            half.layouts = {}
-        half.step = step
-        return half.layouts
-
-    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
-        return Memory, ()  # copies start a loop of their own
-
-
-@dataclass(eq=False)
-class Half:
-    """The calls of a denoising loop with one text."""
-
-    text: object
-    step: int = -1
-    layouts: dict[int, Layout] = field(default_factory=dict)
 
 
 class NetworkPatch:
@@ -281,41 +220,15 @@ class NetworkPatch:
 
     def layout(self, level: int, image: Tensor) -> Layout:
         """Where the tokens of an image `[B, C, h, w]` receive; one layout serves all images of a level."""
-        if self.layouts is None:
-            return self._lay_out(image)  # the container was called by itself
-        layout = self.layouts.get(level)
+        layouts = {} if self.layouts is None else self.layouts  # containers may be called by themselves
+        layout = layouts.get(level)
         if layout is None or not layout.fits(image):
-            layout = self.layouts[level] = self._lay_out(image)
+            layout = layouts[level] = Layout.of(image, self.config, self.timestep)
         return layout
-
-    def _lay_out(self, image: Tensor) -> Layout:
-        config, device = self.config, image.device
-        grid = Grid(image.shape[-2], image.shape[-1], config.sy, config.sx)
-        if config.use_rand:
-            timestep = self.timestep
-            if isinstance(timestep, Tensor) and timestep.numel() > 1:
-                # One timestep per sample; a video network gives all frames of a sample the same.
-                each, rest = divmod(image.shape[0], timestep.numel())
-                timestep = timestep.flatten()[:1] if rest else timestep.flatten().repeat_interleave(each)
-            offset = cell_offsets(grid.cells, grid.sy * grid.sx, config.seed, timestep, device)
-        else:
-            offset = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        windows = Windows.of(grid, device=device) if config.matching == "windowed" else None
-        return Layout(grid, grid.dst(offset), windows)
 
     def plan(self, x: Tensor, layout: Layout) -> TokenMap:
         """Which of the tokens `x` `[B, h * w, C]` of an image merge."""
-        grid = layout.grid
-        r = grid.r(self.config.ratio)
-        if r == 0:
-            return TokenMap.identity(x.shape[1], x.device)
-        if self.config.reuse and layout.map is not None and layout.map.fits(x):
-            return layout.map
-        if layout.windows is not None:
-            layout.map = match_windowed(x, layout.windows, layout.dst, r)
-        else:
-            layout.map = match_exact(x, grid.partition(layout.dst), r)
-        return layout.map
+        return layout.plan(x, self.config)
 
 
 class ContainerPatch:
@@ -418,7 +331,7 @@ class BlockPatch:
         return self._merge(args), kwargs
 
     def unmerge(self, part: nn.Module, args: Args, output: Tensor) -> Tensor:
-        return self._map.unmerge(output)
+        return output if self._map.is_identity else self._map.unmerge(output)
 
     def forget(self, block: nn.Module, args: Args, output: Any) -> None:
         self.x = self.map = None
@@ -433,7 +346,8 @@ class BlockPatch:
         return self.map
 
     def _merge(self, args: Args) -> Args:
-        return (self._map.merge(args[0]), *args[1:])
+        # Where nothing merges, chunks of the tokens may come as well.
+        return args if self._map.is_identity else (self._map.merge(args[0]), *args[1:])
 
 
 class StagePatch:

@@ -1,0 +1,107 @@
+"""Where the tokens of an image receive, what plan they share, and how long that lasts."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .config import MergeConfig
+from .matching import Windows, match_exact, match_windowed
+from .partition import Grid, cell_offsets
+from .token_map import TokenMap
+
+
+@dataclass(eq=False)
+class Layout:
+    """An image of some size: who receives there (`[1 or B, cells]`), and the plan that blocks share."""
+
+    grid: Grid
+    dst: Tensor
+    windows: Windows | None
+    map: TokenMap | None = None
+
+    @classmethod
+    def of(cls, image: Tensor, config: MergeConfig, timestep: Tensor | float) -> Layout:
+        """The layout of an image `[B, C, h, w]`, one dst in each cell by (seed, timestep, cell)."""
+        device = image.device
+        grid = Grid(image.shape[-2], image.shape[-1], config.sy, config.sx)
+        if config.use_rand:
+            if isinstance(timestep, Tensor) and timestep.numel() > 1:
+                # One timestep per sample; a video network gives all frames of a sample the same.
+                each, rest = divmod(image.shape[0], timestep.numel())
+                timestep = timestep.flatten()[:1] if rest else timestep.flatten().repeat_interleave(each)
+            offset = cell_offsets(grid.cells, grid.sy * grid.sx, config.seed, timestep, device)
+        else:
+            offset = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        windows = Windows.of(grid, device=device) if config.matching == "windowed" else None
+        return cls(grid, grid.dst(offset), windows)
+
+    def fits(self, image: Tensor) -> bool:
+        """Whether it was made for an image `[B, C, h, w]` like this one."""
+        same = (self.grid.h, self.grid.w) == tuple(image.shape[-2:]) and self.dst.device == image.device
+        return same and self.dst.shape[0] in (1, image.shape[0])
+
+    def plan(self, x: Tensor, config: MergeConfig) -> TokenMap:
+        """Which of the tokens `x` `[B, h * w, C]` of the image merge."""
+        r = self.grid.r(config.ratio)
+        if r == 0:
+            return TokenMap.identity(x.shape[1], x.device)
+        if self.map is not None and self.map.fits(x):
+            return self.map
+        if self.windows is not None:
+            token_map = match_windowed(x, self.windows, self.dst, r)
+        else:
+            token_map = match_exact(x, self.grid.partition(self.dst), r)
+        if config.reuse:
+            self.map = token_map
+        return token_map
+
+
+class Memory:
+    """The layouts of a denoising loop, kept for as many steps as a plan lasts.
+
+    Schedulers of diffusers hand out the timesteps of a loop as views of one tensor: its storage tells one
+    loop from another, and the offset in it is the number of the step. So nothing is read from the device, and
+    a loop that was interrupted, begins in the middle or runs again never meets the plans of another.
+    Guidance halves that are called apart are told apart by their text.
+    """
+
+    def __init__(self) -> None:
+        self.loop: torch.UntypedStorage | None = None
+        self.run = -1
+        self.halves: list[Half] = []
+
+    def recall(self, timestep: object, text: object, steps: int) -> dict[int, Layout]:
+        """The layouts of the calls before this one in a run of `steps` steps; empty in the first."""
+        if not isinstance(timestep, Tensor) or timestep.untyped_storage().nbytes() <= timestep.element_size():
+            return {}  # a lone number does not tell which loop it belongs to
+        loop, step = timestep.untyped_storage(), int(timestep.storage_offset())
+        if self.loop is None or self.loop.data_ptr() != loop.data_ptr() or self.run != step // steps:
+            self.halves = []
+        # The storage is kept alive, or the timesteps of another loop could come to stand at its address.
+        self.loop, self.run = loop, step // steps
+        half = next((half for half in self.halves if half.text() is text), None)
+        if half is None:
+            # The text itself would keep alive what it was computed from.
+            half = Half(weakref.ref(text) if isinstance(text, Tensor) else lambda: text)
+            self.halves.append(half)
+        elif step <= half.step:
+            half.layouts = {}
+        half.step = step
+        return half.layouts
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        return Memory, ()  # copies start a loop of their own
+
+
+@dataclass(eq=False)
+class Half:
+    """The calls of a denoising loop with one text."""
+
+    text: Callable[[], object]
+    step: int = -1
+    layouts: dict[int, Layout] = field(default_factory=dict)
