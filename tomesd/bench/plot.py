@@ -81,24 +81,30 @@ def words_for(name: str, value: str) -> str:
     return f"{name} {value}" if name in ("ratio", "batch") else value
 
 
+def short(size: str) -> str:
+    """`512` for 512x512."""
+    width, height = size.split("x")
+    return width if width == height else size
+
+
 def draw(rows: list[Point], below: str) -> Any:
     """A figure of matplotlib."""
     from matplotlib.figure import Figure
 
-    sizes = sorted({row["size"] for row in rows}, key=lambda size: math.prod(map(int, size.split("x"))))
     ways = [way for way in WAYS if any(row["way"] == way for row in rows)]
     panels = list(dict.fromkeys(tuple(row[name] for name in PANEL) for row in rows))
     figure = Figure(figsize=(2.4 + 3.4 * len(panels), 6.4), layout="constrained")
-    axes = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row")
+    axes = figure.subplots(2, len(panels), squeeze=False, sharex="col")
     for column, key in enumerate(panels):
         here = [row for row in rows if tuple(row[name] for name in PANEL) == key]
+        sizes = sorted({row["size"] for row in here}, key=lambda size: math.prod(map(int, size.split("x"))))
         for axis, figure_name in zip(axes[:, column], ("speed", below), strict=True):
             for way in ways:
                 points = {row["size"]: row for row in here if row["way"] == way and row[figure_name]}
                 at = [i for i, size in enumerate(sizes) if size in points]
                 values = [float(points[sizes[i]][figure_name]) for i in at]
                 ideal = way.startswith("ideal")
-                if ideal and figure_name == "share_median":
+                if not values or (ideal and figure_name == "share_median"):
                     continue  # 1 by definition
                 style: dict[str, Any] = (
                     {"marker": "_", "linestyle": "--", "linewidth": 1.1}
@@ -108,12 +114,16 @@ def draw(rows: list[Point], below: str) -> Any:
                 axis.plot(at, values, color=COLOURS[way], label=way, **style)
             axis.grid(axis="y", color="0.92")
             axis.spines[["top", "right"]].set_visible(False)
+            axis.margins(0.1)
         axes[0, column].set_title(title(rows, key), fontsize=10)
-        axes[1, column].set_xticks(range(len(sizes)), sizes, rotation=25, ha="right")
+        axes[1, column].set_xticks(range(len(sizes)), map(short, sizes))
         axes[1, column].set_xlabel("pixels")
-        axes[1, column].set_ylim(min(0.0, axes[1, column].get_ylim()[0]), None)
         if below == "share_median":
             axes[1, column].axhline(1, color="0.3", linewidth=1.1, linestyle="--")
+            low, high = axes[1, column].get_ylim()
+            axes[1, column].set_ylim(min(0.7, low), max(1.05, high))
+        else:
+            axes[1, column].set_ylim(0, None)
     axes[0, 0].set_ylabel("speed, plain = 1")
     axes[1, 0].set_ylabel(LABELS[below])
     lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
