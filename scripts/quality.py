@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,13 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 import tomesd
 from tomesd.bench import peers
+from tomesd.bench.ways import equal_time
+from tomesd.families import find_networks, find_sites
 
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "emoji-model"
 
@@ -43,9 +47,38 @@ def ways(unet: nn.Module) -> dict[str, tuple[Callable[[float], object], Callable
         "reuse=1": ours(reuse=1),
         "reuse=2": ours(reuse=2),
         "reuse=5": ours(reuse=5),
+        "prop_attn": ours(prop_attn=True),
+        "keys only, equal time": (
+            lambda ratio: tomesd.apply_patch(unet, equal_time(ratio), keys_only=True),
+            lambda: tomesd.remove_patch(unet),
+        ),
+        "ToDo": downsample_keys(unet),
         "attn, cross, mlp": ours(merge_crossattn=True, merge_mlp=True),
         "stage": ours(merge_stage=True),
+        "stage, prop_attn": ours(merge_stage=True, prop_attn=True),
     }
+
+
+def downsample_keys(unet: nn.Module) -> tuple[Callable[[float], object], Callable[[], object]]:
+    """ToDo, which has one ratio alone: keys and values from every second token of every second row."""
+    handles: list[RemovableHandle] = []
+
+    def enter(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        side = math.isqrt(args[0].shape[1])  # pictures are square here
+        keys = args[0].unflatten(1, (side, side))[:, ::2, ::2].flatten(1, 2)
+        return args, {**kwargs, "encoder_hidden_states": keys}
+
+    def patch(ratio: float) -> None:
+        ((_, network, family),) = find_networks(unet)
+        for site in find_sites(network, family):
+            if site.level == 0:
+                handles.append(site.block.attn1.register_forward_pre_hook(enter, with_kwargs=True))
+
+    def remove() -> None:
+        while handles:
+            handles.pop().remove()
+
+    return patch, remove
 
 
 class Recorder:

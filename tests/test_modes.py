@@ -106,6 +106,106 @@ def test_self_attention_masks_merge_with_a_stage():
     assert tokens.shape[1] == mask.shape[-1] == 12
 
 
+# Keys and values alone
+
+
+@pytest.mark.parametrize("matching", ["windowed", "exact"])
+def test_keys_only_is_attention_of_all_tokens_to_merged_ones(matching):
+    unet = tiny.small_unet()
+    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    seen, maps = [], []
+    tomesd.apply_patch(unet, 0.7, keys_only=True, matching=matching)
+    planned = unet._tomesd.plan
+    unet._tomesd.plan = lambda x, layout: maps.append(planned(x, layout)) or maps[-1]
+    attn.register_forward_hook(lambda m, args, y: seen.append((args[0], y)))
+    tiny.CASES["sd"](unet, 6, 9)
+    (x, y), token_map = seen[0], maps[0]
+    assert (token_map.tokens, token_map.groups) == (54, 54 - 37)
+    merged = token_map.merge(x)
+    heads, d = attn.heads, attn.to_q.out_features // attn.heads
+    for b in range(2):
+        q, k, v = attn.to_q(x[b]), attn.to_k(merged[b]), attn.to_v(merged[b])
+        sizes = torch.bincount(token_map.index[b])
+        parts = []
+        for h in range(heads):
+            at = slice(h * d, (h + 1) * d)
+            weights = (q[:, at] @ k[:, at].T * d**-0.5).exp() * sizes
+            parts.append(weights / weights.sum(1, keepdim=True) @ v[:, at])
+        torch.testing.assert_close(y[b], attn.to_out[0](torch.cat(parts, 1)), atol=1e-5, rtol=1e-4)
+
+
+def test_proportional_attention_is_exact_where_equal_tokens_merge():
+    torch.manual_seed(0)
+    unet = tiny.small_unet()
+    container = unet.down_blocks[0].attentions[0]
+    index = torch.randint(16, (1, 64))  # groups of very different sizes
+    image = torch.randn(2, 16, 16)[:, :, index[0]].unflatten(2, (8, 8))
+    text = torch.randn(2, 7, tiny.TEXT)
+    plain = container(image, text).sample
+    for options in (
+        {},
+        {"prop_attn": True},
+        {"keys_only": True},
+        {"merge_stage": True, "prop_attn": True},
+    ):
+        tomesd.apply_patch(unet, **options)
+        unet._tomesd.plan = lambda x, layout: TokenMap.from_index(index, 16)
+        error = (container(image, text).sample - plain).abs().max()
+        assert error < 1e-5 if options else error > 1e-3
+
+
+def test_keys_only_saves_what_explain_says():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    unet = tiny.small_unet()
+    unet.set_attn_processor(D.models.attention_processor.AttnProcessor())  # its products are counted on CPU
+    call = tiny.CASES["sd"]
+
+    def count():
+        with FlopCounterMode(display=False) as counter:
+            call(unet, b=1)
+        return counter.get_total_flops()
+
+    plain = count()
+    tomesd.apply_patch(unet, 0.75, keys_only=True)
+    table = tomesd.explain(unet, 128)
+    matching = 3 * 2 * 256 * 64 * 16  # in each of three blocks, of 256 tokens to 64
+    saved = sum(row.flops * row.saved for row in table.rows)
+    assert [row.after for row in table.rows if row.left_alone is None] == [64, 64, 64]
+    assert plain - count() == pytest.approx(saved - matching, rel=1e-6)
+
+
+def test_keys_only_stays_nearer_than_merging_all():
+    """At the same number of products of queries and keys."""
+    pipe = D.StableDiffusionPipeline.from_pretrained("examples/emoji-model", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    call = dict(num_inference_steps=3, guidance_scale=3.0, output_type="latent")
+    draw = lambda: pipe("red apple", generator=torch.Generator().manual_seed(0), **call).images  # noqa: E731
+    plain = draw()
+    tomesd.apply_patch(pipe, 0.5)
+    all_merged = draw()
+    tomesd.apply_patch(pipe, 0.75, keys_only=True)
+    keys_merged = draw()
+    assert 0 < (keys_merged - plain).norm() < 0.5 * (all_merged - plain).norm()
+
+
+def test_what_keys_only_cannot_do_is_said():
+    pipe = tiny.sd()
+    pipe.fuse_qkv_projections(vae=False)
+    tomesd.apply_patch(pipe, keys_only=True)
+    with pytest.raises(ValueError, match=r"call unfuse_qkv_projections\(\) first"):
+        tiny.generate(pipe)
+    pipe.unfuse_qkv_projections(vae=False)
+    assert torch.isfinite(tiny.generate(pipe)).all()
+    unet = tiny.small_unet(only_cross_attention=True)
+    with pytest.raises(ValueError, match="nothing to merge"):
+        tomesd.apply_patch(unet, keys_only=True)
+    tomesd.apply_patch(unet, keys_only=True, merge_mlp=True)
+    for wrong in ({"merge_stage": True}, {"merge_attn": False, "merge_mlp": True}):
+        with pytest.raises(ValueError, match="keys_only=True merges keys and values of self-attention"):
+            tomesd.apply_patch(unet, keys_only=True, **wrong)
+
+
 # Plans that last
 
 
@@ -269,7 +369,9 @@ def test_auto_leaves_alone_what_would_be_slower_and_explain_says_so(monkeypatch)
     assert reasons[64] == "merging does not pay: measured 2e+03 ms with merging, 1e+03 ms without"
 
 
-@pytest.mark.parametrize("options", [{}, {"merge_mlp": True}, {"merge_stage": True}, {"matching": "exact"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"merge_mlp": True}, {"merge_stage": True}, {"matching": "exact"}, {"keys_only": True}]
+)
 def test_auto_really_measures(options):
     unet = tiny.small_unet()
     tomesd.apply_patch(unet, auto=True, **options)
@@ -280,7 +382,7 @@ def test_auto_really_measures(options):
 
 
 def test_auto_merges_where_attention_outweighs_matching():
-    work = worth.Work(linears=((64, 64, None),) * 4, attentions=((1, 64, None),), merges=1)
+    work = worth.Work((("merged", 64, 64),) * 4, (("merged", "merged", 1, 64),), merges=1)
     grid = tomesd.partition.Grid(64, 64)
     trial = worth.trial(work, grid, 0.75, "windowed", 1, torch.float32, torch.device("cpu"))
     assert trial.pays
@@ -308,6 +410,7 @@ def test_auto_compiles_to_the_answer_for_each_size(monkeypatch):
         ({"reuse": -1}, ValueError, "reuse must be at least 0, the number of steps a plan lasts, got -1"),
         ({"reuse": True}, TypeError, r"reuse must be an integer, got True \(bool\)"),
         ({"merge_stage": 1}, TypeError, r"merge_stage must be a bool, got 1 \(int\)"),
+        ({"keys_only": None}, TypeError, r"keys_only must be a bool, got None \(NoneType\)"),
         ({"auto": "yes"}, TypeError, r"auto must be a bool, got 'yes' \(str\)"),
     ],
 )

@@ -33,6 +33,8 @@ class MergeConfig:
     merge_stage: bool = False
     reuse: int = 0
     auto: bool = False
+    prop_attn: bool = False
+    keys_only: bool = False
 
     def __post_init__(self) -> None:
         self._become("ratio", float, Real, "a number")
@@ -40,7 +42,16 @@ class MergeConfig:
             self._become(name, int, Integral, "an integer")
         if self.max_downsample is not None:
             self._become("max_downsample", int, Integral, "an integer or None")
-        for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp", "merge_stage", "auto"):
+        for name in (
+            "use_rand",
+            "merge_attn",
+            "merge_crossattn",
+            "merge_mlp",
+            "merge_stage",
+            "auto",
+            "prop_attn",
+            "keys_only",
+        ):
             self._become(name, bool, bool, "a bool")
         self._become("matching", str, str, "a string")
         if not 0 <= self.ratio < 1:
@@ -62,6 +73,11 @@ class MergeConfig:
             raise ValueError(
                 "nothing to merge: merge_attn, merge_crossattn, merge_mlp and merge_stage are all False"
             )
+        if self.keys_only and (self.merge_stage or not self.merge_attn):
+            raise ValueError(
+                "keys_only=True merges keys and values of self-attention: it needs merge_attn=True, and a "
+                "whole stage (merge_stage=True) merges more than that"
+            )
         if self.reuse < 0:
             raise ValueError(f"reuse must be at least 0, the number of steps a plan lasts, got {self.reuse}")
         if self.matching not in MATCHINGS:
@@ -71,6 +87,11 @@ class MergeConfig:
     def max_ratio(self) -> float:
         """The largest ratio that leaves one dst in each cell."""
         return 1 - 1 / (self.sx * self.sy)
+
+    @property
+    def weighs_keys(self) -> bool:
+        """Whether a key counts as often as tokens have merged into it."""
+        return self.prop_attn or self.keys_only
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -112,26 +112,25 @@ def _rows(prefix: str, network: nn.Module, family: Family, h: int, w: int) -> li
         grid_h, grid_w = (-(-side // site.downsample) for side in (h, w))
         before = after = grid_h * grid_w
         reason: str | None = "not patched"
-        parts: tuple[str, ...] = ()
+        config = MergeConfig() if owner is None else owner.config
         if owner is not None:
-            config = owner.config
             reason = left_alone(site, sites, config)
             grid = Grid(grid_h, grid_w, config.sy, config.sx)
             if reason is None and config.auto:
                 reason = _loss(site, sites, config, grid)
             if reason is None:
-                after, parts = before - grid.r(config.ratio), config.parts
-        whole = _flops(site.block, before, before, parts)
-        saved = 1 - _flops(site.block, before, after, parts) / whole
+                after = before - grid.r(config.ratio)
+        whole = _flops(site.block, before, before, config)
+        saved = 1 - _flops(site.block, before, after, config) / whole
         name = f"{prefix}.{site.name}" if prefix else site.name
         rows.append(Row(name, site.downsample, before, after, whole, saved, reason))
     return rows
 
 
-def _flops(block: nn.Module, before: int, after: int, merged: tuple[str, ...]) -> float:
-    """FLOPs of one sample in a block, whose `merged` parts see `after` of `before` tokens."""
+def _flops(block: nn.Module, before: int, after: int, config: MergeConfig) -> float:
+    """FLOPs of one sample in a block, where merging leaves `after` of `before` tokens."""
     return sum(
-        Work.of([block], (part,), 1).flops(after if part in merged else before)
+        Work.of([block], (part,), config).flops(before, after if part in config.parts else before)
         for part in ("attn1", "attn2", "ff")
     )
 

@@ -29,6 +29,8 @@ class Family:
             `attn2`.
         blocks: classes of a block with `norm1`, `attn1`, `attn2` and `ff`.
         tokens: the parameter of a block's forward that is the tokens.
+        keys: the parameter of attention's forward that keys and values come from, where it is not the tokens.
+        bias: the one, if any, that is added to the logits of its keys.
         down: classes that halve the resolution at the end of the part that they stand in.
         up: classes that double it there.
     """
@@ -43,6 +45,8 @@ class Family:
     carrier: str | None
     blocks: tuple[str, ...]
     tokens: str
+    keys: str
+    bias: str | None
     down: tuple[str, ...]
     up: tuple[str, ...]
 
@@ -65,6 +69,8 @@ FAMILIES = (
         carrier="cross_attention_kwargs",
         blocks=("BasicTransformerBlock",),
         tokens="hidden_states",
+        keys="encoder_hidden_states",
+        bias="attention_mask",
         down=("Downsample2D",),
         up=("Upsample2D",),
     ),
@@ -79,6 +85,8 @@ FAMILIES = (
         carrier=None,
         blocks=("BasicTransformerBlock",),
         tokens="x",
+        keys="context",
+        bias=None,
         down=("Downsample",),
         up=("Upsample",),
     ),

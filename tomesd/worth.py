@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,47 +29,57 @@ ROUNDS = 7
 PATIENCE = 0.3
 
 
+# Rows of a matrix: a number of them, or tokens of the image, all of them or those that merging leaves.
+Rows = int | Literal["all", "merged"]
+
+
 @dataclass(frozen=True)
 class Work:
     """What runs on the tokens of an image: shapes of the layers, and nothing of their values.
 
     Args:
-        linears: of each linear layer the channels in and out and how many tokens of text it is for, None
-            where it is for the image's.
-        attentions: of each attention the heads, the channels of one, and the keys in the same way.
+        linears: rows, channels in and channels out of each linear layer.
+        attentions: queries, keys, heads and channels of each head of each attention.
         merges: how often tokens are merged and given back.
     """
 
-    linears: tuple[tuple[int, int, int | None], ...]
-    attentions: tuple[tuple[int, int, int | None], ...]
+    linears: tuple[tuple[Rows, int, int], ...]
+    attentions: tuple[tuple[Rows, Rows, int, int], ...]
     merges: int
 
     @classmethod
-    def of(cls, blocks: list[nn.Module], parts: tuple[str, ...], merges: int) -> Work:
+    def of(cls, blocks: list[nn.Module], parts: tuple[str, ...], config: MergeConfig) -> Work:
         """What the `parts` (of `attn1`, `attn2`, `ff`) of some transformer blocks are."""
-        linears, attentions = [], []
+        linears: list[tuple[Rows, int, int]] = []
+        attentions: list[tuple[Rows, Rows, int, int]] = []
         for block in blocks:
             for name in parts:
                 part: Any = getattr(block, name, None)
                 if part is None:
                     continue
                 if name == "ff":
-                    linears += _linears(part, None)
+                    linears += _linears(part, "merged")
                     continue
-                keys = TEXT_TOKENS if is_cross_attention(block, name) else None
-                linears += _linears(part.to_q, None) + _linears(part.to_out, None)
+                queries: Rows = "all" if name == "attn1" and config.keys_only else "merged"
+                keys: Rows = TEXT_TOKENS if is_cross_attention(block, name) else "merged"
+                linears += _linears(part.to_q, queries) + _linears(part.to_out, queries)
                 linears += _linears(part.to_k, keys) + _linears(part.to_v, keys)
-                attentions.append((part.heads, part.to_q.out_features // part.heads, keys))
-        return cls(tuple(linears), tuple(attentions), merges)
+                attentions.append((queries, keys, part.heads, part.to_q.out_features // part.heads))
+        return cls(tuple(linears), tuple(attentions), 1 if config.merge_stage else len(parts))
 
-    def flops(self, tokens: int) -> float:
-        """Floating point operations for one image of so many tokens."""
+    def flops(self, tokens: int, merged: int) -> float:
+        """Floating point operations for an image of so many tokens, of which merging leaves so many."""
         total = 0.0
-        for a, b, keys in self.linears:
-            total += 2 * (keys or tokens) * a * b
-        for heads, channels, keys in self.attentions:
-            total += 4 * tokens * (keys or tokens) * heads * channels
+        for rows, a, b in self.linears:
+            total += 2 * _count(rows, tokens, merged) * a * b
+        for queries, keys, heads, channels in self.attentions:
+            pairs = _count(queries, tokens, merged) * _count(keys, tokens, merged)
+            total += 4 * pairs * heads * channels
         return total
+
+
+def _count(rows: Rows, tokens: int, merged: int) -> int:
+    return {"all": tokens, "merged": merged}[rows] if isinstance(rows, str) else rows
 
 
 def is_cross_attention(block: nn.Module, name: str) -> bool:
@@ -131,26 +141,28 @@ def _ways(
     work: Work, grid: Grid, ratio: float, matching: str, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Two callables that do the work of one image without and with merging."""
-    n, width = grid.h * grid.w, work.linears[0][0]
+    n = grid.h * grid.w
     m = n - grid.r(ratio)
 
     def fill(*shape: int) -> Tensor:
         return torch.arange(math.prod(shape), device=device).sin().to(dtype).view(shape)
 
-    x = fill(batch, n, width)
-    weights = {(a, b): fill(b, a) for a, b, _ in work.linears}
+    x = fill(batch, n, work.linears[0][1])
+    weights = {(a, b): fill(b, a) for _, a, b in work.linears}
 
-    def layers(tokens: int) -> Callable[[], None]:
-        inputs = {(a, keys): fill(batch, keys or tokens, a) for a, _, keys in work.linears}
-        queries = {shape: fill(batch, shape[0], tokens, shape[1]) for shape in work.attentions}
-        context = {shape: fill(batch, shape[0], shape[2] or tokens, shape[1]) for shape in work.attentions}
+    def layers(m: int) -> Callable[[], None]:
+        def rows(kind: Rows, *shape: int) -> Tensor:
+            return fill(batch, *shape[:-1], _count(kind, n, m), shape[-1])
+
+        inputs = {(kind, a): rows(kind, a) for kind, a, _ in work.linears}
+        heads = {(kind, h, c): rows(kind, h, c) for *both, h, c in work.attentions for kind in both}
 
         def run() -> None:
-            for a, b, keys in work.linears:
-                F.linear(inputs[a, keys], weights[a, b])
-            for shape in work.attentions:
-                k = context[shape]
-                F.scaled_dot_product_attention(queries[shape], k, k)
+            for kind, a, b in work.linears:
+                F.linear(inputs[kind, a], weights[a, b])
+            for queries, keys, h, c in work.attentions:
+                k = heads[keys, h, c]
+                F.scaled_dot_product_attention(heads[queries, h, c], k, k)
 
         return run
 
@@ -184,6 +196,6 @@ def _wait(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def _linears(module: nn.Module, keys: int | None) -> list[tuple[int, int, int | None]]:
+def _linears(module: nn.Module, rows: Rows) -> list[tuple[Rows, int, int]]:
     shapes = (parameter.shape for parameter in module.parameters() if parameter.dim() > 1)
-    return [(shape[1], shape[0], keys) for shape in shapes]
+    return [(rows, shape[1], shape[0]) for shape in shapes]

@@ -28,7 +28,7 @@ COLOURS = {
     "plain": "0.55",
     "tomesd-0.1.3": "C5",
     "exact": "C9",
-    **{"ideal": "C0", "windowed": "C0", "reuse": "C2"},
+    **{"ideal": "C0", "windowed": "C0", "reuse": "C2", "prop-attn": "C3", "keys": "k"},
     **{"ideal-stage": "C1", "stage": "C1", "ideal-stage-4": "C3", "stage-4": "C3"},
     **{"all-levels": "C7", "auto": "C8"},
     **{"todo": "C4", "hypertile": "C6"},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -208,6 +208,24 @@ def leave_plain(network: nn.Module, setting: Setting) -> None:
     pass
 
 
+def equal_time(ratio: float) -> float:
+    """The ratio at which attention on merged keys alone takes the time of merging queries too."""
+    return 1 - (1 - ratio) ** 2
+
+
+def keys_block(block: nn.Module, setting: Setting) -> None:
+    setting = replace(setting, ratio=equal_time(setting.ratio))
+
+    def enter(attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        return args, {**kwargs, "encoder_hidden_states": plan(setting, "windowed", args[0]).merge(args[0])}
+
+    block.get_submodule("attn1").register_forward_pre_hook(enter, with_kwargs=True)
+
+
+def keys_unet(unet: nn.Module, setting: Setting) -> None:
+    apply_patch(unet, equal_time(setting.ratio), keys_only=True)
+
+
 STAGE: dict[str, Any] = {"merge_stage": True}
 STAGE_4: dict[str, Any] = {"merge_stage": True, "max_downsample": 4}
 
@@ -238,6 +256,17 @@ WAYS = {
         reuse_block,
         partial(merge_unet, reuse=1),
         "ideal",
+    ),
+    "prop-attn": Way(
+        "tomesd with prop_attn=True: keys weighed by how many tokens merged into them",
+        None,
+        partial(merge_unet, prop_attn=True),
+        "ideal",
+    ),
+    "keys": Way(
+        "tomesd with keys_only=True, at the ratio that takes equal time (0.75 for 0.5)",
+        keys_block,
+        keys_unet,
     ),
     "all-levels": Way(
         "tomesd with max_downsample=8: at small levels merging may cost more than it saves",
