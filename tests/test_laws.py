@@ -2,10 +2,12 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import tiny
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import tomesd
 
@@ -249,6 +251,51 @@ def test_checkpointing_recomputes_each_forward_as_it_was(case, options):
     for a, b in zip(plain, recomputed, strict=True):
         if a is not None:
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@options
+def test_parts_that_are_checkpointed_whole_give_the_same_gradients(case, options):
+    """As FSDP and the like wrap them: containers are called again in the backward pass."""
+    call, model = case
+    stages = [*getattr(model, "down_blocks", []), *getattr(model, "up_blocks", [])]
+    if not stages or options.get("reuse", 0) > 1:
+        pytest.skip("no such parts, or plans that outlast a forward")
+    tomesd.apply_patch(model, max_downsample=8, **options)
+    torch.set_grad_enabled(True)
+    parameters = [p for name, p in model.named_parameters() if "attn1.to_q" in name]
+
+    def gradients():
+        return torch.autograd.grad(call(model, t=300).square().mean(), parameters, allow_unused=True)
+
+    plain = gradients()
+    try:
+        for stage in stages:
+            stage.forward = partial(checkpoint, stage.forward, use_reentrant=False)
+        recomputed = gradients()
+    finally:
+        for stage in stages:
+            vars(stage).pop("forward", None)
+    for a, b in zip(plain, recomputed, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@options
+def test_a_model_can_be_copied_after_a_forward_that_failed_in_training(case, options):
+    call, model = case
+    tomesd.apply_patch(model, **options)
+    torch.set_grad_enabled(True)
+    failing = next(m for name, m in model.named_modules() if name.endswith("attn1") and "motion" not in name)
+
+    def fail(*_):
+        raise KeyError("on purpose")
+
+    handle = failing.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="on purpose"):
+        call(model)
+    handle.remove()
+    twin = copy.deepcopy(model)
+    assert torch.equal(call(twin), call(model))
 
 
 @options

@@ -277,6 +277,42 @@ def test_a_manual_loop_that_runs_again_plans_again():
     assert torch.equal(run(x, timesteps.clone()[3:]), fresh)
 
 
+def test_images_in_lockstep_and_networks_called_twice_plan_for_themselves():
+    unet = tiny.small_unet()
+    x, text = tiny.inputs(16, 16, 2)
+    text = text[:1]
+    timesteps = torch.arange(900, 0, -100)
+    tomesd.apply_patch(unet, reuse=1)
+    want = [unet(image, t, text).sample for t in timesteps for image in (x[:1], x[1:])]
+    tomesd.apply_patch(unet, reuse=3)
+    got = [unet(image, t, text).sample for t in timesteps for image in (x[:1], x[1:])]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_steps_left_out_and_texts_that_are_gone_plan_anew(monkeypatch):
+    made = count_plans(monkeypatch)
+    unet = tiny.small_unet()
+    tomesd.apply_patch(unet, reuse=100)
+    x, text = tiny.inputs(16, 16, 2)
+    timesteps = torch.arange(900, 0, -100)
+    for t in (timesteps[0], timesteps[1], timesteps[3], timesteps[4]):
+        unet(x, t, text)
+    assert len(made) == 2
+    unet(x, timesteps[5], text.clone())
+    unet(x, timesteps[6], text.clone())
+    assert len(made) == 4
+    assert len(unet._tomesd.memory.halves) <= 2
+
+
+def test_reuse_inside_of_torch_func():
+    unet = tiny.small_unet()
+    x, text = tiny.inputs(16, 16, 2)
+    timesteps = torch.arange(900, 0, -100)
+    tomesd.apply_patch(unet, reuse=3)
+    grad = torch.func.grad(lambda x: unet(x, timesteps[0], text).sample.square().mean())(x)
+    assert torch.isfinite(grad).all()
+
+
 def test_guidance_halves_apart_have_the_plans_of_halves_together():
     unet = tiny.small_unet()
     tomesd.apply_patch(unet, reuse=3)
@@ -379,6 +415,60 @@ def test_auto_really_measures(options):
     assert "merging does not pay: measured" in tomesd.explain(unet, 32).rows[0].left_alone
     plain = tiny.CASES["sd"](tomesd.remove_patch(copy.deepcopy(unet)), 4, 4)
     assert torch.equal(tiny.CASES["sd"](unet, 4, 4), plain)
+
+
+def test_auto_measures_whatever_looks_on():
+    """Fake tensors, counters of operations and the like see nothing of it, and do not spoil it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    unet = tiny.small_unet()
+    x, text = tiny.inputs(16, 16, 2)
+    tomesd.apply_patch(unet, 0.6, auto=True)
+    with FlopCounterMode(display=False) as counter:
+        unet(x, 5, text)
+    measured = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        unet(x, 5, text)
+    assert counter.get_total_flops() == measured
+    work = worth.Work((("merged", 64, 64),) * 4, (("merged", "merged", 1, 64),), merges=1)
+    kind = tomesd.partition.Grid(64, 64), 0.74, "windowed", 1, torch.float32, torch.device("cpu")
+    with FakeTensorMode():
+        faked = worth.trial(work, *kind)
+    assert faked.pays
+    assert worth.trial(work, *kind) is faked
+    unet.to("meta")
+    assert unet(x.to("meta"), 5, text.to("meta")).sample.shape == x.shape
+
+
+def test_attention_of_other_makes_is_merged_and_not_measured():
+    class Other(torch.nn.Module):
+        def forward(self, x, **kwargs):
+            return x.flip(-1)
+
+    unet = tiny.small_unet()
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.attn1 = Other()
+    call = tiny.CASES["sd"]
+    for auto in (False, True):
+        tomesd.apply_patch(unet, auto=auto)
+        assert torch.isfinite(call(unet)).all()
+    assert tomesd.explain(unet, 128).rows[0].left_alone is None
+    assert worth.pays(worth.Work((), (), 1), unet._tomesd.config, 4, 4, 1, torch.float32, torch.device("cpu"))
+
+
+def test_only_what_outweighs_matching_is_not_measured(monkeypatch):
+    asked = []
+    monkeypatch.setattr(worth, "trial", lambda *args: asked.append(args) or worth.Trial(1, 2))
+    itself = worth.Work((("merged", 8, 8),), (("merged", "merged", 1, 8),), 1)
+    crossing = worth.Work((("merged", 8, 8),), (("merged", 77, 1, 8),), 1)
+    kind = 2, torch.float32, torch.device("cpu")
+    config = tomesd.config.MergeConfig
+    assert worth.pays(itself, config(), 128, 128, *kind)
+    assert not asked
+    for work, options in ((crossing, {}), (itself, {"matching": "exact"}), (itself, {"ratio": 0.1})):
+        assert not worth.pays(work, config(**options), 128, 128, *kind)
+    assert len(asked) == 3
 
 
 def test_auto_merges_where_attention_outweighs_matching():

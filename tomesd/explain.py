@@ -141,7 +141,7 @@ def _loss(site: Site, sites: list[Site], config: MergeConfig, grid: Grid) -> str
     if weight.device.type == "meta":
         return None
     kind = BATCH, weight.dtype, weight.device
-    work = work_of(site, sites, config)
+    work = work_of(site, [other for other in sites if left_alone(other, sites, config) is None], config)
     if pays(work, config, grid.h, grid.w, *kind):
         return None
     return f"merging does not pay: {worth.trial(work, *question(config, grid.h, grid.w), *kind)}"

@@ -65,31 +65,37 @@ class Memory:
     """The layouts of a denoising loop, kept for as many steps as a plan lasts.
 
     Schedulers of diffusers hand out the timesteps of a loop as views of one tensor: its storage tells one
-    loop from another, and the offset in it is the number of the step. So nothing is read from the device, and
-    a loop that was interrupted, begins in the middle or runs again never meets the plans of another.
-    Guidance halves that are called apart are told apart by their text.
+    loop from another, and the offset in it is the number of the step. So nothing is read from the device.
+    Guidance halves that are called apart are told apart by their text. A plan is kept only from one step to
+    the next; where a step comes twice with one text, several images are drawn at once, and each call plans.
     """
 
     def __init__(self) -> None:
         self.loop: torch.UntypedStorage | None = None
-        self.run = -1
         self.halves: list[Half] = []
 
     def recall(self, timestep: object, text: object, steps: int) -> dict[int, Layout]:
         """The layouts of the calls before this one in a run of `steps` steps; empty in the first."""
-        if not isinstance(timestep, Tensor) or timestep.untyped_storage().nbytes() <= timestep.element_size():
+        if not isinstance(timestep, Tensor):
+            return {}
+        try:
+            loop, step = timestep.untyped_storage(), int(timestep.storage_offset())
+        except NotImplementedError:  # inside of torch.func
+            return {}
+        if loop.nbytes() <= timestep.element_size():
             return {}  # a lone number does not tell which loop it belongs to
-        loop, step = timestep.untyped_storage(), int(timestep.storage_offset())
-        if self.loop is None or self.loop.data_ptr() != loop.data_ptr() or self.run != step // steps:
+        if self.loop is None or self.loop.data_ptr() != loop.data_ptr():
             self.halves = []
         # The storage is kept alive, or the timesteps of another loop could come to stand at its address.
-        self.loop, self.run = loop, step // steps
-        half = next((half for half in self.halves if half.text() is text), None)
+        self.loop = loop
+        self.halves = [half for half in self.halves if half.text is None or half.text() is not None]
+        half = next((half for half in self.halves if (half.text and half.text()) is text), None)
         if half is None:
             # The text itself would keep alive what it was computed from.
-            half = Half(weakref.ref(text) if isinstance(text, Tensor) else lambda: text)
+            half = Half(weakref.ref(text) if isinstance(text, Tensor) else None, step - 1)
             self.halves.append(half)
-        elif step <= half.step:
+        half.several |= step == half.step
+        if half.several or step != half.step + 1 or step % steps == 0:
             half.layouts = {}
         half.step = step
         return half.layouts
@@ -102,6 +108,7 @@ class Memory:
 class Half:
     """The calls of a denoising loop with one text."""
 
-    text: Callable[[], object]
-    step: int = -1
+    text: Callable[[], Tensor | None] | None
+    step: int
+    several: bool = False
     layouts: dict[int, Layout] = field(default_factory=dict)

@@ -29,8 +29,8 @@ from .token_map import TokenMap
 from .worth import Work, is_cross_attention, pays
 
 OWNER = "_tomesd"
-# Caches of diffusers that give attn1's output of another step, which has other merged tokens.
-CACHES = ("pyramid_attention_broadcast", "faster_cache_block")
+# Caches of diffusers that give attention's output of another step, which has other merged tokens.
+CACHES = ("pyramid_attention_broadcast", "faster_cache_block", "taylorseer_cache")
 
 Model = TypeVar("Model")
 
@@ -75,7 +75,8 @@ def apply_patch(
         merge_stage: merge once for each transformer (`Transformer2DModel`) and run all its blocks on merged
             tokens; each token then gains what its group has gained. Takes the place of the other three.
         reuse: how long a plan lasts. 0: each block makes its own; 1: all blocks of one size share one in a
-            step; k: for k steps of a denoising loop (compiled networks: for one).
+            step; k: for k steps of a denoising loop whose timesteps are views of one tensor and whose text is
+            the same object in each step, as in pipelines of diffusers; else, and when compiled, for one step.
         auto: leave blocks alone where merging would be slower, which is measured once for each shape of
             tokens, in about a second; `explain` tells. So the picture may depend on the machine.
         prop_attn: proportional attention (Bolya et al., 2023): let each key of self-attention count as often
@@ -184,7 +185,7 @@ def left_alone(site: Site, sites: list[Site], config: MergeConfig) -> str | None
 
 
 def work_of(site: Site, sites: list[Site], config: MergeConfig) -> Work:
-    """What runs on merged tokens at a site: parts of its block, or all blocks of its container."""
+    """What runs on merged tokens at one of the `sites` that merge: parts of its block or of its container."""
     if not config.merge_stage:
         return Work.of([site.block], config.parts, config)
     return Work.of(
@@ -215,7 +216,7 @@ class NetworkPatch:
     def __init__(self, network: nn.Module, family: Family, sites: list[Site], config: MergeConfig) -> None:
         self.config = config
         self.timestep: Tensor | float = 0
-        self.layouts: dict[int, Layout] | None = None  # by level, during a forward
+        self.layouts: dict[int, Layout] | None = None  # of the last forward, by level
         self.memory = Memory()
         self.arguments = Argument(network, family.timestep), Argument(network, family.text)
         self.handles: list[RemovableHandle] = [
@@ -235,7 +236,10 @@ class NetworkPatch:
         self.timestep = 0 if timestep is None else timestep
 
     def end(self, network: nn.Module, args: Args, output: Any) -> None:
-        self.layouts, self.timestep = None, 0
+        # Else kept for what checkpointing of whole parts of the network recomputes; compiled code would have
+        # to give it back from each call.
+        if torch.compiler.is_compiling():
+            self.layouts = None
 
     def layout(self, level: int, image: Tensor) -> Layout:
         """Where the tokens of an image `[B, C, h, w]` receive; one layout serves all images of a level."""
@@ -273,6 +277,9 @@ class ContainerPatch:
             for site in sites:
                 BlockPatch(self, family, site)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last": None}  # as in BlockPatch
+
     def lay_out(self, container: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         call = Call(self.owner.layout(self.level, self.image.get(args, kwargs)))
         if self.carrier is None:
@@ -280,8 +287,8 @@ class ContainerPatch:
             return args, kwargs
         return self.carrier.put(args, kwargs, {**(self.carrier.get(args, kwargs) or {}), OWNER: call})
 
-    def plan(self, name: str, x: Tensor | None, call: Call | None, work: Work) -> TokenMap:
-        """The plan for the tokens `x` `[B, N, C]` of a block, for this work."""
+    def plan(self, name: str, x: Tensor | None, call: Call | None, work: Work | None) -> TokenMap:
+        """The plan for the tokens `x` `[B, N, C]` of a block; none if merging is not to pay for this work."""
         grid = None if call is None else call.layout.grid
         if x is None or call is None or grid is None or x.shape[1] != grid.h * grid.w:
             tokens = "no tokens" if x is None else f"{x.shape[1]} tokens"
@@ -291,7 +298,7 @@ class ContainerPatch:
                 "remove_patch first"
             )
         config = self.owner.config
-        if config.auto:
+        if work is not None and x.device.type != "meta":
             # torch.compile may take the sides of an image as unknown; the answer is for these ones.
             h, w, batch = index(grid.h), index(grid.w), index(x.shape[0])
             if not pays(work, config, h, w, batch, x.dtype, x.device):
@@ -307,7 +314,7 @@ class BlockPatch:
         self.name = site.name
         self.parts = container.owner.config.parts
         self.family = family
-        self.work = work_of(site, [site], container.owner.config)
+        self.work = work_of(site, [site], container.owner.config) if container.owner.config.auto else None
         self.x: Tensor | None = None
         self.map: TokenMap | None = None
         handles, block = container.owner.handles, site.block
@@ -319,6 +326,10 @@ class BlockPatch:
                 if name in self.parts and not (name == "attn1" and container.owner.config.keys_only):
                     handles.append(part.register_forward_hook(self.unmerge))
         handles.append(block.register_forward_hook(self.forget))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A forward that failed leaves tensors, which cannot be copied if they have a history.
+        return {**self.__dict__, "x": None, "map": None}
 
     def keep_input(self, norm: nn.Module, args: Args) -> None:
         # Not at the block itself: what CompVis' checkpointing recomputes begins after it.
@@ -339,6 +350,7 @@ class BlockPatch:
         _, kwargs = _take_call(kwargs)
         if "attn2" not in self.parts:
             return args, kwargs
+        _refuse_caches(attn, f"{self.name}.attn2", "merge_crossattn=True")
         _refuse_ip_masks(kwargs, "merge_crossattn=True")
         return self._merge(args), kwargs
 
@@ -397,7 +409,7 @@ class StagePatch:
     def __init__(self, container: ContainerPatch, family: Family, sites: list[Site]) -> None:
         self.container = container
         self.name = sites[0].name
-        self.work = work_of(sites[0], sites, container.owner.config)
+        self.work = work_of(sites[0], sites, container.owner.config) if container.owner.config.auto else None
         first, last = sites[0].block, sites[-1].block
         self.family = family
         self.tokens = Argument(first, family.tokens)

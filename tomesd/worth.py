@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .config import MergeConfig
 from .matching import Windows, match_exact, match_windowed
@@ -22,7 +23,7 @@ from .partition import Grid, cell_offsets
 
 # CLIP's context length, which cross-attention is taken to have.
 TEXT_TOKENS = 77
-# With more tokens than this merging wins by far wherever it was measured, and measuring would take long.
+# With more tokens than this self-attention outweighs windowed matching by far, and measuring would take long.
 ALWAYS = 8192
 ROUNDS = 7
 # Seconds after which no further round begins.
@@ -62,9 +63,12 @@ class Work:
                     continue
                 queries: Rows = "all" if name == "attn1" and config.keys_only else "merged"
                 keys: Rows = TEXT_TOKENS if is_cross_attention(block, name) else "merged"
-                linears += _linears(part.to_q, queries) + _linears(part.to_out, queries)
-                linears += _linears(part.to_k, keys) + _linears(part.to_v, keys)
-                attentions.append((queries, keys, part.heads, part.to_q.out_features // part.heads))
+                before = len(linears)
+                for layer, rows in (("to_q", queries), ("to_out", queries), ("to_k", keys), ("to_v", keys)):
+                    linears += _linears(getattr(part, layer, None), rows)
+                heads = getattr(part, "heads", None)
+                if heads and len(linears) > before:
+                    attentions.append((queries, keys, heads, linears[before][2] // heads))
         return cls(tuple(linears), tuple(attentions), 1 if config.merge_stage else len(parts))
 
     def flops(self, tokens: int, merged: int) -> float:
@@ -107,7 +111,10 @@ def pays(
     work: Work, config: MergeConfig, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether merging makes this work on an image of `h * w` tokens faster."""
-    return h * w > ALWAYS or trial(work, *question(config, h, w), batch, dtype, device).pays
+    large = h * w > ALWAYS and config.matching == "windowed" and config.ratio >= 0.25
+    if not work.linears or (large and any(keys == "merged" for _, keys, *_ in work.attentions)):
+        return True
+    return trial(work, *question(config, h, w), batch, dtype, device).pays
 
 
 def question(config: MergeConfig, h: int, w: int) -> tuple[Grid, float, str]:
@@ -126,7 +133,8 @@ def trial(
     device: torch.device,
 ) -> Trial:
     """Measures some work on an image, in turns, and keeps the minima: a process measures each shape once."""
-    with torch.no_grad():
+    # What counts, traces or fakes the host's operations has nothing to do with these.
+    with _disable_current_modes(), torch.no_grad():
         ways = _ways(work, grid, ratio, matching, batch, dtype, device)
         for way in ways:
             way()
@@ -196,6 +204,8 @@ def _wait(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def _linears(module: nn.Module, rows: Rows) -> list[tuple[Rows, int, int]]:
+def _linears(module: nn.Module | None, rows: Rows) -> list[tuple[Rows, int, int]]:
+    if module is None:
+        return []
     shapes = (parameter.shape for parameter in module.parameters() if parameter.dim() > 1)
     return [(rows, shape[1], shape[0]) for shape in shapes]
