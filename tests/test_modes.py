@@ -154,6 +154,14 @@ def test_proportional_attention_is_exact_where_equal_tokens_merge():
         assert error < 1e-5 if options else error > 1e-3
 
 
+def test_attention_that_takes_no_bias_is_refused():
+    model = tiny.ldm()
+    for options in ({"prop_attn": True}, {"keys_only": True}):
+        with pytest.raises(ValueError, match=r"diffusion_model \(CompVis LDM\) takes no bias"):
+            tomesd.apply_patch(model, **options)
+    assert not hasattr(model.model.diffusion_model, "_tomesd")
+
+
 def test_keys_only_saves_what_explain_says():
     from torch.utils.flop_counter import FlopCounterMode
 
