@@ -99,6 +99,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         choices=(1, 2, 4, 8),
         help="merge at levels up to this one (default: the finest with attention)",
     )
+    p.add_argument(
+        "--keys-only",
+        action="store_true",
+        help="merge keys and values of self-attention alone: nearer, use it with --ratio 0.75",
+    )
     p.add_argument("--auto", action="store_true", help="leave blocks alone where merging would be slower")
     p.add_argument("--compare", action="store_true", help="draw plain and merged side by side, with times")
     p.add_argument("--size", type=size, help="N or WxH in pixels (default: the model's own size)")
@@ -312,6 +317,7 @@ class Drawer:
                 self.args.max_downsample,
                 merge_stage=self.args.stage,
                 auto=self.args.auto,
+                keys_only=self.args.keys_only,
             )
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from None
