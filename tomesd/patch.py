@@ -82,8 +82,8 @@ def apply_patch(
         prop_attn: proportional attention (Bolya et al., 2023): let each key of self-attention count as often
             as tokens have merged into it. Nearer to the plain picture, but no longer what tomesd 0.1.3 draws.
         keys_only: let self-attention keep the queries of all tokens and merge its keys and values only, with
-            proportional attention, so that nothing has to be given back. At ratio 0.75 that takes the time of
-            merging all at 0.5, and is much nearer to the plain picture.
+            proportional attention, so that nothing has to be given back. At ratio 0.75 that takes about the
+            time of merging all at 0.5, and is much nearer to the plain picture.
 
     Returns:
         The same model.
