@@ -19,7 +19,7 @@ part() {
         sdxl) bench --csv "$folder/sdxl.csv" --level unet --model sdxl --sizes 1024 2048 4096 ;;
         compiled)
             bench --csv "$folder/compiled.csv" --level unet --compile --sizes 512 1024 2048 --rounds 5 \
-                --ways ideal windowed reuse ideal-stage stage
+                --ways ideal windowed reuse prop-attn keys ideal-stage stage
             ;;
         ops) $python/bench_ops.py --device cuda --dtype bfloat16 ;;
         vit) $python/bench_vit.py --device cuda --csv "$folder/vit.csv" --plot "$folder/vit.png" ;;
