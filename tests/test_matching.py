@@ -243,7 +243,7 @@ def test_memory_grows_with_the_tokens_not_their_square():
     assert largest <= matching.CHUNK
 
 
-def test_planning_4k_takes_a_few_times_the_tokens():
+def test_planning_4k_takes_less_than_two_times_the_tokens():
     """Two images of 130,560 tokens, for whose similarities tomesd 0.1.3 needs 25.6 GB."""
     grid = Grid(272, 480)
     dst = grid.dst(cell_offsets(grid.cells, 4, 0))
@@ -253,4 +253,4 @@ def test_planning_4k_takes_a_few_times_the_tokens():
     assert made[0].groups == 65_280
     if taken is None:
         pytest.skip("this system does not tell what memory a call takes")
-    assert 0.1 < taken * 2**20 / metric.nbytes < 4
+    assert 0.1 < taken * 2**20 / metric.nbytes < 2
