@@ -23,10 +23,7 @@ import copy
 import csv
 import functools
 import itertools
-import platform
-import re
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +38,7 @@ torchvision_ops.define()
 import timm  # noqa: E402
 
 import tomesd.vit as tome  # noqa: E402
+from tomesd.bench.speed import commit, device_name  # noqa: E402
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -188,16 +186,8 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 
 def environment(device: str) -> Row:
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        found = re.search(r"model name\s*: (.*)", info)
-        name = found[1] if found else platform.machine()
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    versions = {"torch": torch.__version__, "timm": timm.__version__, "commit": commit}
-    return {"device": name, "threads": torch.get_num_threads(), **versions}
+    versions = {"torch": torch.__version__, "timm": timm.__version__, "commit": commit() or "unknown"}
+    return {"device": device_name(device), "threads": torch.get_num_threads(), **versions}
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:

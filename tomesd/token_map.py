@@ -201,12 +201,11 @@ class TokenMap:
         flat = _flat(self.index, x.shape[0], self.groups)
         count = torch.zeros(groups, dtype=torch.int64, device=x.device)
         count = count.scatter_add(0, flat, torch.ones_like(flat))
-        part = count.to(torch.promote_types(x.dtype, torch.float32)).reciprocal().to(x.dtype)
         table = x.reshape(x.shape[0] * self.tokens, -1)
         if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
             # embedding_bag has no second derivative.
             if mean:
-                weight = part[flat]
+                weight = _reciprocal(count, x.dtype)[flat]
             rows = table if weight is None else table * weight.reshape(-1, 1)
             out = rows.new_zeros(groups, rows.shape[1])
             return out.index_add(0, flat, rows).view(shape)
@@ -214,13 +213,12 @@ class TokenMap:
         # 2 x 16,384 tokens on CPU (scripts/bench_ops.py), and sums in float32.
         by_group, order = flat.sort(stable=True)
         if mean:
-            weight = part[by_group]
+            weight = _reciprocal(count, x.dtype)[by_group]
         elif weight is not None:
             weight = weight.reshape(-1)[order]
         offsets = count.cumsum(0) - count
-        return F.embedding_bag(order, table, offsets=offsets, mode="sum", per_sample_weights=weight).view(
-            shape
-        )
+        out = F.embedding_bag(order, table, offsets=offsets, mode="sum", per_sample_weights=weight)
+        return out.view(shape)
 
     def _scatter(self, x: Tensor, reduce: str) -> Tensor:
         index = _align(self.index, x).expand_as(x)
@@ -237,6 +235,10 @@ def _norm(x: Tensor) -> Tensor:
     """Length of each token, `[B, T, ...]` -> `[B, T]`, in float32 at least: squares of float16 overflow."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x[..., None].flatten(2), dim=-1, dtype=dtype)
+
+
+def _reciprocal(count: Tensor, dtype: torch.dtype) -> Tensor:
+    return count.to(torch.promote_types(dtype, torch.float32)).reciprocal().to(dtype)
 
 
 def _flat(positions: Tensor, batch: int, length: int) -> Tensor:

@@ -281,19 +281,22 @@ def share(seconds: dict[str, float], name: str) -> float | None:
 
 def environment(device: str) -> Row:
     """Where it was measured, and with what."""
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        found = re.search(r"model name\s*: (.*)", info)
-        name = found[1] if found else platform.machine()
     return {
-        "device": name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "diffusers": import_diffusers().version,
         "tomesd": f"{__version__} {commit()}".strip(),
     }
+
+
+def device_name(device: str) -> str:
+    """What the processor or the GPU calls itself."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"model name\s*: (.*)", info)
+    return found[1] if found else platform.machine()
 
 
 def commit() -> str:

@@ -9,15 +9,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..config import MergeConfig
 from ..hooks import Args, Kwargs
-from ..matching import Windows, match_exact, match_windowed
-from ..partition import Grid, cell_offsets
+from ..layout import Layout
+from ..partition import Grid
 from ..patch import apply_patch, patch_of
 from ..token_map import TokenMap
 from . import peers
@@ -90,16 +91,13 @@ def slice_unet(unet: nn.Module, setting: Setting, **options: Any) -> None:
     patch.plan = lambda x, layout: Sliced(x.shape[1], layout.grid.r(setting.ratio))
 
 
-def plan(setting: Setting, matching: str, x: Tensor) -> TokenMap:
+def plan(setting: Setting, matching: Literal["exact", "windowed"], x: Tensor) -> TokenMap:
     """All that planning the merge of one self-attention takes; in a network, blocks share some of it."""
-    grid = Grid(*setting.finest)
-    dst = grid.dst(cell_offsets(grid.cells, grid.sy * grid.sx, seed=0, device=x.device))
-    if matching == "exact":
-        return match_exact(x, grid.partition(dst), grid.r(setting.ratio))
-    return match_windowed(x, Windows.of(grid, device=x.device), dst, grid.r(setting.ratio))
+    config = MergeConfig(setting.ratio, matching=matching)
+    return Layout.of(x.mT.unflatten(2, setting.finest), config, 0).plan(x, config)
 
 
-def merge_block(block: nn.Module, setting: Setting, matching: str) -> None:
+def merge_block(block: nn.Module, setting: Setting, matching: Literal["exact", "windowed"]) -> None:
     assert isinstance(block, Block)
     block.plan = partial(plan, setting, matching)
 
