@@ -2,21 +2,22 @@
 
 The model draws emoji from their names ("red apple", "cat face").  It has the parts of every Stable
 Diffusion model (CLIP text encoder, attention UNet, KL autoencoder, DDIM sampler), only small, so that the
-examples and tests of this package have a real trained model to work on without any download.
+examples and tests of this package have a real trained model to work on without any download.  Its latents
+are 64x64, so the finest level has 4,096 tokens, as many as that of Stable Diffusion 1.5 at 512 pixels.
 
 The pictures come from the Noto Color Emoji font (Debian: ``apt-get install fonts-noto-color-emoji``), the
-names from the table below.  Everything runs on two CPU cores or on a GPU:
+names from the table below.  Single things are also shown in other colours ("purple dog face"); one in five
+of these combinations is never shown, to see whether the model puts colour and thing together itself.
 
-    python scripts/train_emoji.py --threads 1       # half an hour on a CPU: 64 pixels, 108 emoji
-    python scripts/train_emoji.py --resolution 128 --vae-channels 32,64 --vae-batch 64 --vae-minutes 3 \\
-        --unet-channels 64,64,96,96,96 --text-layers 2 --batch 128 --minutes 15 --limit 330
+    python scripts/train_emoji.py                                       # an hour and a half on two CPU cores
+    python scripts/train_emoji.py --minutes 4,4,10 --batch 512,256,128  # on a GPU
 
-The second form is for a GPU: 64x64 latents, a wider UNet and all of the emoji below.  An interrupted run
-goes on where it stopped with ``--resume``.  On a CPU that runs other things too, one thread is faster than
-two that wait for each other.
+The UNet grows as it learns: first it denoises 16x16 means of the latents, then 32x32, then all of them, each
+time with one level more around what it is (``grown``).  What to draw is learnt where a step costs a
+twentieth.  An interrupted run goes on where it stopped with ``--resume``.
 
-The loss first falls to about 0.25, where pictures have the right colours, and stays there for a while;
-shapes come when it falls again, to 0.05.  A run that ends on the first level was too short.
+The loss first falls to a level where pictures have the right colours, and stays there for a while; shapes
+come when it falls again.  A run that ends before was too short.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +48,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -54,8 +57,7 @@ DEFAULT_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 MAX_TOKENS = 16  # the longest caption is far shorter, and every token costs cross-attention time
 
 # One entry is "<emoji> <name>/<other name>/...".  Chosen to look different from one another and to have
-# plain English names: a small model learns a few hundred clear things better than all 3,600 emoji.  The first
-# CORE of them are the things people try first; with the time of two CPU cores only these are learnt well.
+# plain English names: a small model learns a few hundred clear things better than all 3,600 emoji.
 EMOJI = """
 🍎 red apple/apple, 🍏 green apple, 🍌 banana, 🍊 orange/tangerine, 🍉 watermelon, 🍓 strawberry,
 🍇 grapes, 🍍 pineapple, 🍋 lemon, 🍒 cherries, 🍕 pizza/slice of pizza, 🍔 hamburger/burger,
@@ -109,10 +111,14 @@ EMOJI = """
 ❌ red cross mark, ❓ question mark, 🎵 musical note, 💬 speech bubble, 🏁 checkered flag
 """
 
-CORE = 108
-
 # Captions seen in training besides the bare name, so that prompts in a sentence work too.
 TEMPLATES = ("a {}", "a picture of a {}", "a photo of a {}", "an emoji of a {}", "{} emoji", "the {}")
+
+
+# Hues in degrees, as words.
+HUES = {"red": 0, "orange": 28, "yellow": 52, "green": 120, "blue": 215, "purple": 280, "pink": 330}
+COLOURS = {*HUES, "white", "black", "brown", "pink", "rainbow", "gold"}
+HELD_OUT = 5  # one in so many combinations of thing and colour is not shown in training
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,13 @@ class Emoji:
 
     char: str
     names: tuple[str, ...]
+    colour: str | None = None  # painted in this colour
+
+    def painted(self) -> list[Emoji]:
+        """The same in every colour; none of what is called by a colour already."""
+        if any(word in COLOURS for name in self.names for word in name.split()):
+            return []
+        return [Emoji(self.char, tuple(f"{c} {n}" for n in self.names), c) for c in HUES]
 
     def captions(self) -> list[str]:
         """Every caption of this picture; the bare names stand three times, to be drawn half of the time."""
@@ -141,6 +154,25 @@ def emoji_table() -> list[Emoji]:
     return table
 
 
+def painted_table(table: list[Emoji]) -> tuple[list[Emoji], list[Emoji]]:
+    """Emoji in other colours: those to train on, and those held out."""
+    shown: list[Emoji] = []
+    held: list[Emoji] = []
+    known = {name for e in table for name in e.names}
+    for i, emoji in enumerate(table):
+        for k, other in enumerate(emoji.painted()):
+            if not known & set(other.names):
+                (held if (i + k) % HELD_OUT == 0 else shown).append(other)
+    return shown, held
+
+
+def paint(picture: Image.Image, colour: str) -> Image.Image:
+    """The picture with every hue replaced by one; greys stay."""
+    hue, saturation, value = picture.convert("HSV").split()
+    hue = hue.point(lambda _: round(HUES[colour] * 255 / 360))
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
 class EmojiFont:
     """The bitmaps of a CBDT colour font."""
 
@@ -157,14 +189,15 @@ class EmojiFont:
         self._cmap = font.getBestCmap()
         self._glyphs = font["CBDT"].strikeData[0]
 
-    def render(self, char: str, size: int) -> Image.Image:
-        """``char`` on white, ``size`` pixels square."""
-        glyph = self._glyphs[self._cmap[ord(char[0])]]
+    def render(self, emoji: Emoji, size: int) -> Image.Image:
+        """The emoji on white, ``size`` pixels square."""
+        glyph = self._glyphs[self._cmap[ord(emoji.char[0])]]
         picture = Image.open(io.BytesIO(glyph.imageData)).convert("RGBA")
         side = max(picture.size)
         canvas = Image.new("RGBA", (side, side), "white")
         canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        return canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+        flat = canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+        return paint(flat, emoji.colour) if emoji.colour else flat
 
 
 def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
@@ -266,15 +299,63 @@ def build_unet(channels: list[int], latent_size: int, text_width: int) -> UNet2D
         cross_attention_dim=text_width,
         norm_num_groups=16,
         use_linear_projection=True,
+        time_embedding_dim=128,
+        conv_in_kernel=1,  # 1x1 at both ends, so that grown() is exact
+        conv_out_kernel=1,
     )
+
+
+@torch.no_grad()
+def grown(small: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A UNet with one level more outside, of the width of ``small``'s first, that starts as its equal.
+
+    Of latents `x` of twice the side it gives what ``small`` gives of their 2x2 means, doubled in size. The
+    new layers begin as identities, and have the details to learn.
+    """
+    config = small.config
+    first, *rest = config.block_out_channels
+    large = build_unet([first, first, *rest], 2 * config.sample_size, config.cross_attention_dim)
+    weights = {}
+    for name, value in small.state_dict().items():
+        if name.startswith("down_blocks."):
+            _, level, tail = name.split(".", 2)
+            name = f"down_blocks.{int(level) + 1}.{tail}"
+        weights[name] = value
+    large.load_state_dict(weights, strict=False)
+
+    outer_down, outer_up = large.down_blocks[0], large.up_blocks[-1]
+    for module in [*outer_down.resnets, *outer_up.resnets]:
+        nn.init.zeros_(module.conv2.weight)
+        nn.init.zeros_(module.conv2.bias)
+    for module in [*outer_down.attentions, *outer_up.attentions]:
+        nn.init.zeros_(module.proj_out.weight)
+        nn.init.zeros_(module.proj_out.bias)
+    identity = torch.eye(first)
+    n = config.in_channels
+    large.conv_in.weight[:n] = identity[:n, :n, None, None]  # the latents travel in the first channels
+    large.conv_in.bias[:n] = 0
+    mean = torch.tensor([0.0, 0.5, 0.5])  # a stride of 2 with padding of 1 takes each pair so
+    down = outer_down.downsamplers[0].conv
+    down.weight.zero_()
+    down.weight[:, :n] = small.conv_in.weight * torch.outer(mean, mean)
+    down.bias.copy_(small.conv_in.bias)
+    up = large.up_blocks[-2].upsamplers[0].conv
+    up.weight.zero_()
+    up.weight[:, :, 1, 1] = identity
+    up.bias.zero_()
+    for resnet in outer_up.resnets:  # of what comes from below and of the skip only the former
+        resnet.conv_shortcut.weight.zero_()
+        resnet.conv_shortcut.weight[:, :first, 0, 0] = identity
+        resnet.conv_shortcut.bias.zero_()
+    return large
 
 
 def build_scheduler() -> DDIMScheduler:
     """DDIM with a last step of pure noise: without it pictures cannot have a white background."""
     return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
+        beta_schedule="linear",  # noisier than Stable Diffusion's: a latent here is 2 x 2 pixels, not 8 x 8
+        beta_start=0.0001,
+        beta_end=0.02,
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
@@ -285,10 +366,10 @@ def build_scheduler() -> DDIMScheduler:
 
 
 class Clock:
-    """How far a stage of training is, by its time or, if given, by its number of steps."""
+    """How far a stage of training is, by its time."""
 
-    def __init__(self, minutes: float, steps: int | None, done_s: float = 0.0, done_steps: int = 0) -> None:
-        self.minutes, self.steps, self.step = minutes, steps, done_steps
+    def __init__(self, minutes: float, done_s: float = 0.0, done_steps: int = 0) -> None:
+        self.minutes, self.step = minutes, done_steps
         self._start = time.monotonic() - done_s
 
     @property
@@ -297,8 +378,7 @@ class Clock:
 
     @property
     def progress(self) -> float:
-        done = self.step / self.steps if self.steps else self.seconds / max(60 * self.minutes, 1e-9)
-        return min(1.0, done)
+        return min(1.0, self.seconds / max(60 * self.minutes, 1e-9))
 
     def rate(self, warmup: float = 0.02, floor: float = 0.01) -> float:
         """The share of the full learning rate that is due now: warm-up, then half a cosine."""
@@ -377,7 +457,7 @@ def train_vae(
         model.parameters(), lr=args.vae_lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
     )
     ema = Ema([vae], decay=0.995)
-    clock, log = Clock(args.vae_minutes, args.vae_steps), Log(args.work / "vae.csv", append=False)
+    clock, log = Clock(args.vae_minutes), Log(args.work / "vae.csv", append=False)
     size = min(64, args.resolution)
     mean_loss = 0.0
     bar = tqdm(total=100, desc="autoencoder", unit="%", mininterval=args.bar_seconds)
@@ -456,18 +536,34 @@ def psnr_of(vae: AutoencoderKL, pixels: torch.Tensor) -> float:
 
 
 class CaptionSampler:
-    """Draws pictures in shuffled rounds, each with one of its captions, or with none."""
+    """Draws pictures in shuffled rounds, each with one of its captions, or with none.
 
-    def __init__(self, table: list[Emoji], tokenizer: CLIPTokenizer, variants: int, dropout: float) -> None:
+    ``painted`` of each batch are from the end of the table, which holds the painted ones.
+    """
+
+    def __init__(
+        self,
+        table: list[Emoji],
+        plain: int,
+        held: list[Emoji],
+        tokenizer: CLIPTokenizer,
+        variants: int,
+        args: argparse.Namespace,
+    ) -> None:
+        self.table, self.held = table, held
         self.ids = [tokenize(tokenizer, e.captions()) for e in table]
         self.empty = tokenize(tokenizer, [""])[0]
-        self.count, self.variants, self.dropout = len(table), variants, dropout
+        self.plain, self.variants = plain, variants
+        self.painted, self.dropout = args.painted, args.caption_dropout
         self._queue = torch.empty(0, dtype=torch.long)
 
     def __call__(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         while len(self._queue) < batch:
-            self._queue = torch.cat([self._queue, torch.randperm(self.count)])
+            self._queue = torch.cat([self._queue, torch.randperm(self.plain)])
         which, self._queue = self._queue[:batch], self._queue[batch:]
+        if self.plain < len(self.ids):
+            other = torch.randint(self.plain, len(self.ids), (batch,))
+            which = torch.where(torch.rand(batch) < self.painted, other, which)
         ids = [self.ids[i][torch.randint(len(self.ids[i]), ())] for i in which.tolist()]
         dropped = torch.rand(batch) < self.dropout
         ids = torch.where(dropped[:, None], self.empty, torch.stack(ids))
@@ -510,43 +606,75 @@ def train_unet(
     accelerator: Accelerator,
     parts: Parts,
     table: list[Emoji],
+    plain: int,
+    held: list[Emoji],
     latents: torch.Tensor,
-    facts: dict,
-) -> Ema:
-    """Train UNet and text encoder together on the cached latents; the weights end in ``Ema``."""
-    device = accelerator.device
+) -> list[tuple[int, float]]:
+    """Train UNet and text encoder, growing the UNet; gives steps and seconds of each stage."""
+    checkpoint = args.work / "unet.pt"
+    state = None
+    if args.resume and checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    done: list[tuple[int, float]] = state["done"] if state else []
+    if len(done) >= len(args.minutes):
+        raise UserError(f"{checkpoint} is at stage {len(done) + 1}: give --minutes for as many")
+    sampler = CaptionSampler(table, plain, held, parts.tokenizer, len(latents) // len(table), args)
+    log = Log(args.work / "unet.csv", append=state is not None)
+    for stage in range(len(args.minutes)):
+        if stage > 0:
+            parts.unet = grown(parts.unet)
+        if stage >= len(done):
+            parts.unet.to(accelerator.device)
+            done.append(train_stage(args, accelerator, parts, sampler, latents, done, log, state))
+            state = None
+    return done
+
+
+def train_stage(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    parts: Parts,
+    sampler: CaptionSampler,
+    latents: torch.Tensor,
+    done: list[tuple[int, float]],
+    log: Log,
+    state: dict | None,
+) -> tuple[int, float]:
+    """Train on means of the latents, as small as the UNet of this stage; its weights end as running means."""
+    stage, device = len(done), accelerator.device
+    shrink = latents.shape[-1] // parts.unet.config.sample_size
+    batch, peak = args.batch[stage], args.lr * args.lr_decay**stage
     unet, text = accelerator.prepare(parts.unet, parts.text_encoder)
+    unet.train()
+    text.train()
     params = [*unet.parameters(), *text.parameters()]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     ema = Ema([parts.unet, parts.text_encoder], decay=args.ema)
-    sampler = CaptionSampler(table, parts.tokenizer, args.variants, args.caption_dropout)
     alphas = parts.scheduler.alphas_cumprod.to(device)
     checkpoint = args.work / "unet.pt"
-    clock = Clock(args.minutes, args.steps)
-    if args.resume and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+    clock = Clock(args.minutes[stage])
+    if state:
         load_weights(parts.unet, state["unet"], checkpoint)
         load_weights(parts.text_encoder, state["text"], checkpoint)
         optimizer.load_state_dict(state["optimizer"])
-        ema.mean = state["ema"]
-        clock = Clock(args.minutes, args.steps, state["seconds"], state["step"])
-        print(f"resumed at step {clock.step}, after {clock.seconds:.0f} s", flush=True)
-    trained_s, finished = clock.seconds, clock.progress >= 1
-    log = Log(args.work / "unet.csv", append=args.resume)
-    latents = latents.to(device)
+        ema.mean = [m.to(device) for m in state["ema"]]
+        clock = Clock(args.minutes[stage], state["seconds"], state["step"])
+        print(f"resumed at step {clock.step} of stage {stage + 1}, after {clock.seconds:.0f} s", flush=True)
+    latents = F.avg_pool2d(latents, shrink).to(device)
+    prompts = sheet_prompts(sampler)
     mean_loss, next_sheet = 0.0, clock.seconds + 60 * args.sheet_minutes
-    bar = tqdm(
-        total=100, desc="UNet", unit="%", mininterval=args.bar_seconds, initial=int(100 * clock.progress)
-    )
+    name = f"UNet {latents.shape[-1]}x{latents.shape[-1]}"
+    start = int(100 * clock.progress)
+    bar = tqdm(total=100, desc=name, unit="%", mininterval=args.bar_seconds, initial=start)
     while clock.progress < 1:
-        lr = args.lr * clock.rate()
+        lr = peak * clock.rate()
         for group in optimizer.param_groups:
             group["lr"] = lr
-        which, ids = sampler(args.batch)
+        which, ids = sampler(batch)
         x0 = latents[which.to(device)]
-        noise = torch.randn_like(x0)
+        noise = torch.randn_like(x0) / shrink  # the mean of shrink x shrink values of the full size
         # one time per slice of the range in every batch: the same loss with less variance
-        t = ((torch.arange(args.batch) + torch.rand(args.batch)) / args.batch * len(alphas)).long().to(device)
+        t = ((torch.arange(batch) + torch.rand(batch)) / batch * len(alphas)).long().to(device)
         noisy = parts.scheduler.add_noise(x0, noise, t)
         target = parts.scheduler.get_velocity(x0, noise, t)
         with accelerator.autocast():
@@ -564,24 +692,16 @@ def train_unet(
             log.write(clock.step, clock.seconds, lr, value)
             bar.set_postfix(step=clock.step, loss=f"{mean_loss:.4f}", refresh=False)
         bar.update(int(100 * clock.progress) - bar.n)
-        if clock.seconds > next_sheet and clock.progress < 1:
+        if clock.seconds > next_sheet or clock.progress >= 1:
             next_sheet = clock.seconds + 60 * args.sheet_minutes
-            save_state(checkpoint, parts, optimizer, ema, clock)
+            save_state(checkpoint, parts, optimizer, ema, clock, done)
             ema.swap()
-            draw_sheet(
-                parts.pipeline(), sheet_prompts(table), args.work / f"sheet-{clock.step:06d}.png", accelerator
-            )
+            sheet = args.work / f"sheet-{stage + 1}-{clock.step:06d}.png"
+            draw_sheet(parts.pipeline(), prompts, sheet, accelerator, shrink)
             ema.swap()
     bar.close()
-    if not finished:
-        save_state(checkpoint, parts, optimizer, ema, clock)
-    facts.update(
-        unet_steps=clock.step,
-        unet_seconds=round(trained_s if finished else clock.seconds),
-        unet_loss=round(log.last_loss(), 4),
-        samples=clock.step * args.batch,
-    )
-    return ema
+    ema.swap()
+    return clock.step, clock.seconds
 
 
 def load_weights(module: torch.nn.Module, weights: dict, path: Path) -> None:
@@ -593,7 +713,14 @@ def load_weights(module: torch.nn.Module, weights: dict, path: Path) -> None:
         ) from None
 
 
-def save_state(path: Path, parts: Parts, optimizer: torch.optim.Optimizer, ema: Ema, clock: Clock) -> None:
+def save_state(
+    path: Path,
+    parts: Parts,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema,
+    clock: Clock,
+    done: list[tuple[int, float]],
+) -> None:
     """Write a checkpoint to go on from, whole or not at all."""
     state = {
         "unet": parts.unet.state_dict(),
@@ -602,6 +729,7 @@ def save_state(path: Path, parts: Parts, optimizer: torch.optim.Optimizer, ema: 
         "ema": ema.mean,
         "step": clock.step,
         "seconds": clock.seconds,
+        "done": done,
     }
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
@@ -613,32 +741,40 @@ def draw(
     accelerator: Accelerator,
     steps: int = 20,
     guidance: float = 3.0,
+    shrink: int = 1,
 ) -> list[Image.Image]:
-    """One picture per prompt; picture ``i`` starts from seed ``i``."""
+    """One picture per prompt; picture ``i`` starts from seed ``i``. Of means of latents where the UNet is of those."""
     pictures: list[Image.Image] = []
     training = [m for m in (pipe.unet, pipe.text_encoder) if m.training]
     for m in training:
         m.eval()
     for i in range(0, len(prompts), 12):
         part = prompts[i : i + 12]
-        seeds = [torch.Generator().manual_seed(i + k) for k in range(len(part))]
+        shape = (1, pipe.unet.config.in_channels, *2 * [pipe.unet.config.sample_size])
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(i + k)) for k in range(len(part))]
+        latents = (torch.cat(noise) / shrink).to(accelerator.device)
         with accelerator.autocast():
-            pictures += pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=seeds).images
+            call = dict(num_inference_steps=steps, guidance_scale=guidance, latents=latents)
+            pictures += pipe(part, **call).images
     for m in training:
         m.train()
     return pictures
 
 
-def sheet_prompts(table: list[Emoji], count: int = 36) -> list[str]:
-    """Names from all over the table."""
-    return [e.names[0] for e in table[:: max(1, len(table) // count)]][:count]
+def sheet_prompts(sampler: CaptionSampler, count: int = 36) -> list[str]:
+    """Names from all over the table, and the last few from the combinations that are never shown."""
+    few = min(6, len(sampler.held))
+    names = [e.names[0] for e in sampler.table[: sampler.plain]]
+    return names[:: max(1, len(names) // (count - few))][: count - few] + [
+        e.names[0] for e in sampler.held[:: max(1, len(sampler.held) // 6)][:few]
+    ]
 
 
 def draw_sheet(
-    pipe: StableDiffusionPipeline, prompts: list[str], path: Path, accelerator: Accelerator
+    pipe: StableDiffusionPipeline, prompts: list[str], path: Path, accelerator: Accelerator, shrink: int = 1
 ) -> None:
     """A grid of pictures with their prompts under them."""
-    pictures = draw(pipe, prompts, accelerator)
+    pictures = draw(pipe, prompts, accelerator, shrink=shrink)
     columns = math.ceil(math.sqrt(len(prompts)))
     width, height = pictures[0].size
     cell = (width + 8, height + 20)
@@ -649,17 +785,6 @@ def draw_sheet(
         sheet.paste(picture, (x, y))
         pen.text((x, y + height + 2), prompt, fill="black")
     sheet.save(path)
-
-
-def evaluate(
-    pipe: StableDiffusionPipeline, table: list[Emoji], pixels: torch.Tensor, accelerator: Accelerator
-) -> tuple[float, list[str]]:
-    """Draw every name once; the share of pictures nearest to the right training picture, and the misses."""
-    drawn = to_tensor([p.resize((32, 32)) for p in draw(pipe, [e.names[0] for e in table], accelerator)])
-    small = F.interpolate(pixels.float(), size=(32, 32), mode="area")
-    nearest = torch.cdist(drawn.float().flatten(1), small.flatten(1)).argmin(1).tolist()
-    missed = [table[i].names[0] for i, j in enumerate(nearest) if i != j]
-    return 1 - len(missed) / len(table), missed
 
 
 def save_pipeline(parts: Parts, folder: Path) -> int:
@@ -713,23 +838,20 @@ licence of the font.
 
     {command}
 
-On {device}: autoencoder {vae_steps:,} steps in {vae_seconds} s on pictures of {vae_resolution}
-pixels (loss {vae_loss}; {psnr:.1f} dB PSNR at {resolution} pixels), UNet and text encoder {unet_steps:,}
-steps = {samples:,} samples in {unet_seconds} s (last loss {unet_loss}); seed {seed}, bfloat16 autocast:
-{precision}.  The schedule follows the clock, so another run gives other weights.
+On {device}: autoencoder {vae_steps:,} steps in {vae_seconds} s (loss {vae_loss}; {psnr:.1f} dB PSNR),
+UNet and text encoder {stages}, from the coarsest latents to all of them: {samples:,} samples (last loss {unet_loss}); seed
+{seed}, bfloat16 autocast: {precision}.  The schedule follows the clock, so another run gives other weights.
 
 ## What it can draw
 
-{count} things, under the names in the list (and "a ...", "a picture of a ...", "... emoji").  Drawn once
-each with 20 steps and guidance 3, {recall:.0%} of the pictures are nearest, of all {count} training pictures,
-to the right one.  Missed: {missed}.
-
-It has learnt these pictures by heart, and seeds change details only.  It does not draw things that are not
-in the list, scenes, numbers of things or text.  Other wordings may give mush, and new combinations work at
-times with simple shapes ("orange square"), hardly with others ("green cat").  At other sizes than
-{resolution} x {resolution} things repeat or melt together.
+{count} things, under the names below (and "a ...", "a picture of a ...", "... emoji"), single ones also in other
+colours: {shown} combinations such as "purple dog face" were shown in training, {held} never, to see what it makes of
+them.  How often the right one is the nearest of all: `python scripts/nearest_name.py`.  It does not draw scenes,
+numbers of things or text.  At other sizes than {resolution} x {resolution} things repeat or melt together.
 
 {names}
+
+Never shown in training: {held_names}
 """
 
 
@@ -737,6 +859,18 @@ def write_card(folder: Path, table: list[Emoji], facts: dict) -> None:
     """README.md for people, names.txt for examples/generate.py."""
     (folder / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
     (folder / "names.txt").write_text("".join(f"{n}\n" for e in table for n in e.names), encoding="utf-8")
+
+
+def numbers(kind: type) -> Callable[[str], list]:
+    """Numbers with commas between them."""
+
+    def parse(text: str) -> list:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 8,4,4") from None
+
+    return parse
 
 
 def channels(text: str) -> list[int]:
@@ -761,50 +895,59 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--work", type=Path, default=ROOT / ".cache" / "train_emoji", help="checkpoints, logs, sheets"
     )
     g.add_argument("--resume", action="store_true", help="go on from the checkpoints in --work")
-    g = p.add_argument_group("how long (a stage ends after its minutes, or its steps if given)")
-    g.add_argument("--minutes", type=float, default=22, help="minutes for UNet and text encoder")
-    g.add_argument("--steps", type=int, help="steps for UNet and text encoder")
-    g.add_argument("--vae-minutes", type=float, default=8, help="minutes for the autoencoder")
-    g.add_argument("--vae-steps", type=int, help="steps for the autoencoder")
+    g = p.add_argument_group("how long")
+    g.add_argument(
+        "--minutes",
+        type=numbers(float),
+        default="32,18,32",
+        help="for each stage of the UNet, each twice as large",
+    )
+    g.add_argument("--vae-minutes", type=float, default=4, help="minutes for the autoencoder")
     g.add_argument(
         "--sheet-minutes", type=float, default=5, help="minutes between checkpoints and sample sheets"
     )
     g = p.add_argument_group("the model")
-    g.add_argument("--resolution", type=int, default=64, help="side of a picture in pixels")
+    g.add_argument("--resolution", type=int, default=128, help="side of a picture in pixels")
     g.add_argument(
-        "--vae-channels", type=channels, default="32,64,64", help="n levels: latents are 2^(n-1) smaller"
+        "--vae-channels", type=channels, default="32,48", help="n levels: latents are 2^(n-1) smaller"
     )
     g.add_argument(
         "--unet-channels",
         type=channels,
         default="32,128,128",
-        help="one number per level",
+        help="one number per level of the first stage; later ones have more levels of the first width",
     )
     g.add_argument("--text-width", type=int, default=128, help="width of the text encoder")
-    g.add_argument("--text-layers", type=int, default=3, help="layers of the text encoder")
+    g.add_argument("--text-layers", type=int, default=2, help="layers of the text encoder")
     g = p.add_argument_group("training")
-    g.add_argument("--batch", type=int, default=24, help="batch of the UNet")
+    g.add_argument("--batch", type=numbers(int), default="32,24,12", help="batch of each stage of the UNet")
     g.add_argument("--lr", type=float, default=1.3e-3, help="highest learning rate of the UNet")
+    g.add_argument(
+        "--lr-decay", type=float, default=0.6, help="the same of each stage to that of the one before"
+    )
     g.add_argument("--ema", type=float, default=0.998, help="decay of the running mean of weights")
     g.add_argument("--caption-dropout", type=float, default=0.1, help="share of pictures without caption")
+    g.add_argument("--painted", type=float, default=0.2, help="share of pictures in other colours")
     g.add_argument(
         "--variants", type=int, default=1, help="versions of each picture, all but one moved or mirrored"
     )
     g.add_argument("--vae-batch", type=int, default=8, help="batch of the autoencoder (crops of 64 pixels)")
     g.add_argument("--vae-lr", type=float, default=1.5e-3, help="highest learning rate of the autoencoder")
     g.add_argument("--kl", type=float, default=5e-4, help="weight of the autoencoder's KL term")
-    g.add_argument("--limit", type=int, default=CORE, help="learn the first N emoji of the table")
+    g.add_argument("--limit", type=int, help="learn the first N emoji of the table (default: all)")
     g.add_argument("--precision", choices=("auto", "no", "bf16"), default="auto", help="autocast")
     g.add_argument("--threads", type=int, help="CPU threads")
     g.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
     args.bar_seconds = 0.5 if sys.stderr.isatty() else 30
-    divisor = 2 ** (len(args.vae_channels) + len(args.unet_channels) - 2)
+    if len(args.batch) != len(args.minutes):
+        p.error(f"--batch has {len(args.batch)} stages, --minutes {len(args.minutes)}: give as many")
+    divisor = 2 ** (len(args.vae_channels) + len(args.unet_channels) + len(args.minutes) - 3)
     if args.resolution % divisor:
-        p.error(f"--resolution has to be a multiple of {divisor} with these channels")
+        p.error(f"--resolution has to be a multiple of {divisor} with these channels and stages")
     if args.text_width % 32:
         p.error("--text-width has to be a multiple of 32")
-    if args.variants < 1 or args.batch < 1:
+    if args.variants < 1 or min(args.batch) < 1:
         p.error("--variants and --batch have to be at least 1")
     return args
 
@@ -861,9 +1004,11 @@ def main(argv: list[str] | None = None) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
 
     font = EmojiFont(args.font)
-    table = emoji_table()[: args.limit]
+    emoji = emoji_table()[: args.limit]
+    shown, held = painted_table(emoji)
+    table = emoji + shown
     rng = np.random.default_rng(args.seed)
-    pictures = [font.render(e.char, args.resolution) for e in table]
+    pictures = [font.render(e, args.resolution) for e in table]
     pixels = to_tensor(pictures)
     versions = to_tensor([p if k == 0 else jittered(p, rng) for p in pictures for k in range(args.variants)])
     facts: dict = {}
@@ -871,34 +1016,28 @@ def main(argv: list[str] | None = None) -> None:
     latents = encode(vae, versions)
 
     set_seed(args.seed + 1)  # the same start whether the autoencoder was trained now or loaded
-    tokenizer = build_tokenizer([c for e in emoji_table() for c in e.captions()])
+    tokenizer = build_tokenizer([c for e in [*table, *held] for c in e.captions()])
+    smallest = latents.shape[-1] // 2 ** (len(args.minutes) - 1)
     parts = Parts(
         tokenizer=tokenizer,
         text_encoder=build_text_encoder(tokenizer, args.text_width, args.text_layers).to(accelerator.device),
         vae=vae,
-        unet=build_unet(args.unet_channels, latents.shape[-1], args.text_width).to(accelerator.device),
+        unet=build_unet(args.unet_channels, smallest, args.text_width),
         scheduler=build_scheduler(),
     )
     print(
-        f"{len(table)} emoji, {len(latents)} latents of {tuple(latents.shape[1:])}, {len(tokenizer)} tokens; "
-        f"parameters: unet {count_parameters(parts.unet):,}, text {count_parameters(parts.text_encoder):,}, "
-        f"vae {count_parameters(vae):,}",
+        f"{len(emoji)} emoji, {len(shown)} in other colours, {len(held)} held out; {len(latents)} latents of "
+        f"{tuple(latents.shape[1:])}, {len(tokenizer)} tokens; parameters: first unet {count_parameters(parts.unet):,}, "
+        f"text {count_parameters(parts.text_encoder):,}, vae {count_parameters(vae):,}",
         flush=True,
     )
-    parts.unet.train()
-    parts.text_encoder.train()
-    ema = train_unet(args, accelerator, parts, table, latents, facts)
-    ema.swap()
+    done = train_unet(args, accelerator, parts, table, len(emoji), held, latents)
     parts.unet.eval()
     parts.text_encoder.eval()
-    pipe = parts.pipeline()
-    draw_sheet(pipe, sheet_prompts(table), args.work / "sheet-final.png", accelerator)
-    recall, missed = evaluate(pipe, table, pixels, accelerator)
-    print(f"recall {recall:.1%}; missed: {', '.join(missed) or 'none'}", flush=True)
     size = save_pipeline(parts, args.out)
     facts.update(
         resolution=args.resolution,
-        unet_channels=", ".join(map(str, args.unet_channels)),
+        unet_channels=", ".join(map(str, parts.unet.config.block_out_channels)),
         vae_channels=", ".join(map(str, args.vae_channels)),
         latent=latents.shape[-1],
         scale=args.resolution // latents.shape[-1],
@@ -914,12 +1053,19 @@ def main(argv: list[str] | None = None) -> None:
         else f"{torch.get_num_threads()} CPU core(s)",
         seed=args.seed,
         precision="yes" if accelerator.mixed_precision == "bf16" else "no",
-        count=len(table),
-        recall=recall,
-        missed=", ".join(missed) or "none",
-        names=textwrap.fill(", ".join(" / ".join(e.names) for e in table) + ".", 108),
+        stages=", then ".join(
+            f"{steps:,} steps of {batch} ({seconds / 60:.0f} minutes)"
+            for (steps, seconds), batch in zip(done, args.batch, strict=True)
+        ),
+        samples=sum(steps * batch for (steps, _), batch in zip(done, args.batch, strict=True)),
+        unet_loss=round(Log(args.work / "unet.csv", append=True).last_loss(), 4),
+        count=len(emoji),
+        shown=len(shown),
+        held=len(held),
+        held_names=textwrap.fill(", ".join(e.names[0] for e in held) + ".", 108),
+        names=textwrap.fill(", ".join(" / ".join(e.names) for e in emoji) + ".", 108),
     )
-    write_card(args.out, table, facts)
+    write_card(args.out, emoji, facts)
     print(f"saved {args.out} ({size:,} bytes); logs and sheets in {args.work}", flush=True)
 
 
