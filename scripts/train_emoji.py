@@ -661,8 +661,7 @@ def train_stage(
         clock = Clock(args.minutes[stage], state["seconds"], state["step"])
         print(f"resumed at step {clock.step} of stage {stage + 1}, after {clock.seconds:.0f} s", flush=True)
     latents = F.avg_pool2d(latents, shrink).to(device)
-    prompts = sheet_prompts(sampler)
-    mean_loss, next_sheet = 0.0, clock.seconds + 60 * args.sheet_minutes
+    mean_loss, next_save = 0.0, clock.seconds + 60 * args.save_minutes
     name = f"UNet {latents.shape[-1]}x{latents.shape[-1]}"
     start = int(100 * clock.progress)
     bar = tqdm(total=100, desc=name, unit="%", mininterval=args.bar_seconds, initial=start)
@@ -692,15 +691,13 @@ def train_stage(
             log.write(clock.step, clock.seconds, lr, value)
             bar.set_postfix(step=clock.step, loss=f"{mean_loss:.4f}", refresh=False)
         bar.update(int(100 * clock.progress) - bar.n)
-        if clock.seconds > next_sheet or clock.progress >= 1:
-            next_sheet = clock.seconds + 60 * args.sheet_minutes
+        if clock.seconds > next_save or clock.progress >= 1:
+            next_save = clock.seconds + 60 * args.save_minutes
             save_state(checkpoint, parts, optimizer, ema, clock, done)
-            ema.swap()
-            sheet = args.work / f"sheet-{stage + 1}-{clock.step:06d}.png"
-            draw_sheet(parts.pipeline(), prompts, sheet, accelerator, shrink)
-            ema.swap()
     bar.close()
     ema.swap()
+    prompts = sheet_prompts(sampler)
+    draw_sheet(parts.pipeline(), prompts, args.work / f"sheet-{stage + 1}.png", accelerator, shrink)
     return clock.step, clock.seconds
 
 
@@ -903,9 +900,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="for each stage of the UNet, each twice as large",
     )
     g.add_argument("--vae-minutes", type=float, default=4, help="minutes for the autoencoder")
-    g.add_argument(
-        "--sheet-minutes", type=float, default=5, help="minutes between checkpoints and sample sheets"
-    )
+    g.add_argument("--save-minutes", type=float, default=5, help="minutes between checkpoints")
     g = p.add_argument_group("the model")
     g.add_argument("--resolution", type=int, default=128, help="side of a picture in pixels")
     g.add_argument(

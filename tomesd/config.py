@@ -75,8 +75,12 @@ class MergeConfig:
             )
         if self.keys_only and (self.merge_stage or not self.merge_attn):
             raise ValueError(
-                "keys_only=True merges keys and values of self-attention: it needs merge_attn=True, and a "
+                "keys_only=True is about keys and values of self-attention: it needs merge_attn=True, and a "
                 "whole stage (merge_stage=True) merges more than that"
+            )
+        if self.keys_only and self.prop_attn:
+            raise ValueError(
+                "prop_attn=True weighs keys that have merged, with keys_only=True none do: use one"
             )
         if self.reuse < 0:
             raise ValueError(f"reuse must be at least 0, the number of steps a plan lasts, got {self.reuse}")
@@ -89,9 +93,9 @@ class MergeConfig:
         return 1 - 1 / (self.sx * self.sy)
 
     @property
-    def weighs_keys(self) -> bool:
-        """Whether a key counts as often as tokens have merged into it."""
-        return self.prop_attn or self.keys_only
+    def matches(self) -> bool:
+        """Whether any part merges tokens by their likeness."""
+        return not (self.keys_only and self.parts == ("attn1",))
 
     @property
     def parts(self) -> tuple[str, ...]:

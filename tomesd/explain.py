@@ -12,7 +12,7 @@ from .config import MergeConfig
 from .families import Family, Site, find_networks, find_sites
 from .partition import Grid
 from .patch import left_alone, patch_of, work_of
-from .worth import Work, pays, question
+from .worth import Left, Work, pays, question
 
 # Images in a batch, for which auto is asked: both guidance halves of one.
 BATCH = 2
@@ -110,7 +110,7 @@ def _rows(prefix: str, network: nn.Module, family: Family, h: int, w: int) -> li
     rows = []
     for site in sites:
         grid_h, grid_w = (-(-side // site.downsample) for side in (h, w))
-        before = after = grid_h * grid_w
+        left = everything = Left(*3 * [grid_h * grid_w])
         reason: str | None = "not patched"
         config = MergeConfig() if owner is None else owner.config
         if owner is not None:
@@ -119,18 +119,19 @@ def _rows(prefix: str, network: nn.Module, family: Family, h: int, w: int) -> li
             if reason is None and config.auto:
                 reason = _loss(site, sites, config, grid)
             if reason is None:
-                after = before - grid.r(config.ratio)
-        whole = _flops(site.block, before, before, config)
-        saved = 1 - _flops(site.block, before, after, config) / whole
+                left = Left.of(grid, config.ratio)
+        whole = _flops(site.block, everything, everything, config)
+        saved = 1 - _flops(site.block, everything, left, config) / whole
         name = f"{prefix}.{site.name}" if prefix else site.name
-        rows.append(Row(name, site.downsample, before, after, whole, saved, reason))
+        after = left.merged if config.matches else left.keys
+        rows.append(Row(name, site.downsample, left.all, after, whole, saved, reason))
     return rows
 
 
-def _flops(block: nn.Module, before: int, after: int, config: MergeConfig) -> float:
-    """FLOPs of one sample in a block, where merging leaves `after` of `before` tokens."""
+def _flops(block: nn.Module, everything: Left, left: Left, config: MergeConfig) -> float:
+    """FLOPs of one sample in a block of which so many tokens are left in the parts that merge."""
     return sum(
-        Work.of([block], (part,), config).flops(before, after if part in config.parts else before)
+        Work.of([block], (part,), config).flops(left if part in config.parts else everything)
         for part in ("attn1", "attn2", "ff")
     )
 

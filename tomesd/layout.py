@@ -11,17 +11,21 @@ from torch import Tensor
 
 from .config import MergeConfig
 from .matching import Windows, match_exact, match_windowed
-from .partition import Grid, cell_offsets
+from .partition import Grid, cell_offsets, thin_out
 from .token_map import TokenMap
 
 
 @dataclass(eq=False)
 class Layout:
-    """An image of some size: who receives there (`[1 or B, cells]`), and the plan that blocks share."""
+    """An image of some size: who receives there (`[1 or B, cells]`), and the plans that blocks share.
+
+    `keys` is the plan of `keys_only`, which does not depend on the tokens; `map` that of `reuse`.
+    """
 
     grid: Grid
     dst: Tensor
     windows: Windows | None
+    keys: TokenMap | None = None
     map: TokenMap | None = None
 
     @classmethod
@@ -37,8 +41,10 @@ class Layout:
             offset = cell_offsets(grid.cells, grid.sy * grid.sx, config.seed, timestep, device)
         else:
             offset = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        windows = Windows.of(grid, device=device) if config.matching == "windowed" else None
-        return cls(grid, grid.dst(offset), windows)
+        windowed = config.matches and config.matching == "windowed"
+        windows = Windows.of(grid, device=device) if windowed else None
+        keys = thinned(grid, config, timestep if config.use_rand else 0, device) if config.keys_only else None
+        return cls(grid, grid.dst(offset), windows, keys)
 
     def fits(self, image: Tensor) -> bool:
         """Whether it was made for an image `[B, C, h, w]` like this one."""
@@ -47,6 +53,8 @@ class Layout:
 
     def plan(self, x: Tensor, config: MergeConfig) -> TokenMap:
         """Which of the tokens `x` `[B, h * w, C]` of the image merge."""
+        if self.keys is not None and not config.matches:
+            return self.keys
         r = self.grid.r(config.ratio)
         if r == 0:
             return TokenMap.identity(x.shape[1], x.device)
@@ -59,6 +67,22 @@ class Layout:
         if config.reuse:
             self.map = token_map
         return token_map
+
+
+def keys_left(grid: Grid, ratio: float) -> int:
+    """How many keys leave as many products with all queries as merging a share `ratio` of both would."""
+    n = grid.h * grid.w
+    return max(1, round((n - grid.r(ratio)) ** 2 / n))
+
+
+def thinned(grid: Grid, config: MergeConfig, timestep: Tensor | float, device: torch.device) -> TokenMap:
+    """The keys that `keys_only` leaves: a random sample, one of each cell that is as large as that allows."""
+    n, left = grid.h * grid.w, keys_left(grid, config.ratio)
+    if left == n:
+        return TokenMap.identity(n, device)
+    while grid.cells > left:
+        grid = Grid(grid.h, grid.w, 2 * grid.sy, 2 * grid.sx)
+    return TokenMap.from_pairs(n, *thin_out(grid, n - left, config.seed, timestep, device))
 
 
 class Memory:

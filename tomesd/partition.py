@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
+RANGE = 1 << 31  # of random numbers, so that a pair of one and a position fits int64
 Bits = TypeVar("Bits", int, Tensor)
 
 
@@ -101,6 +102,35 @@ class Grid:
         taken = torch.zeros(dst.shape[0], self.h * self.w, dtype=torch.uint8, device=dst.device)
         src = taken.scatter(1, dst, 1).argsort(dim=1, stable=True)[:, : self.max_r]
         return Partition(src, dst)
+
+
+def thin_out(
+    grid: Grid, r: int, seed: int, timestep: Tensor | float = 0, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which `r` tokens leave so that a random sample is left, spread evenly, and whom each of them joins.
+
+    Every cell keeps as many as every other, but for one; which ones is random. Rows and columns that fill no
+    whole cell belong to the last one.
+
+    Args:
+        r: how many tokens leave, at most the grid's `max_r`.
+        seed, timestep: as for `cell_offsets`.
+
+    Returns:
+        src and dst, int64 `[b, r]`: the first token of a cell, which stays, takes those that leave it.
+    """
+    y = (torch.arange(grid.h, device=device) // grid.sy).clamp_max(grid.rows - 1)
+    x = (torch.arange(grid.w, device=device) // grid.sx).clamp_max(grid.columns - 1)
+    cell = (y[:, None] * grid.columns + x).flatten()
+    n = cell.shape[0]
+    # Number the tokens of each cell in a random order: all firsts stay, then all seconds, and so on.
+    order = (cell * RANGE + cell_offsets(n, RANGE, seed, timestep, device)).argsort(dim=1)
+    begin = torch.searchsorted(cell.sort().values, torch.arange(grid.cells, device=device))
+    home = cell[order]
+    place = torch.arange(n, device=device) - begin[home]
+    turn = cell_offsets(grid.cells, RANGE, seed + 1, timestep, device).gather(1, home)
+    leaving = (place * RANGE + turn).argsort(dim=1)[:, n - r :]
+    return order.gather(1, leaving), order.gather(1, begin[home].gather(1, leaving))
 
 
 def cell_offsets(

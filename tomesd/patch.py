@@ -3,10 +3,10 @@
 No forward of a host's block is restated. A hook on each container of blocks (a `Transformer2DModel`) reads
 the size of its image and lays out who receives. In each block a hook on `norm1` keeps the block's input, one
 on `attn1` plans the merge by it, and hooks on `attn1`, `attn2` and `ff` merge what goes in and unmerge what
-comes out. With `keys_only` only that is merged from which `attn1` takes keys and values; with `merge_stage`
-the first block of a container merges and its last one unmerges for all of them. All hooks are bound methods
-of the classes below, owned by one `NetworkPatch` on the network, so that deepcopy, pickle and removal take
-everything along.
+comes out. With `keys_only` `attn1` is given a sample of the tokens to take keys and values from; with
+`merge_stage` the first block of a container merges and its last one unmerges for all of them. All hooks are
+bound methods of the classes below, owned by one `NetworkPatch` on the network, so that deepcopy, pickle and
+removal take everything along.
 """
 
 from __future__ import annotations
@@ -81,9 +81,10 @@ def apply_patch(
             tokens, in about a second; `explain` tells. So the picture may depend on the machine.
         prop_attn: proportional attention (Bolya et al., 2023): let each key of self-attention count as often
             as tokens have merged into it. Nearer to the plain picture, but no longer what tomesd 0.1.3 draws.
-        keys_only: let self-attention keep the queries of all tokens and merge its keys and values only, with
-            proportional attention, so that nothing has to be given back. At ratio 0.75 that takes about the
-            time of merging all at 0.5, and is much nearer to the plain picture.
+        keys_only: let every token look at a random sample of all tokens, spread evenly and new in each step,
+            instead of merging anything for self-attention. As many products of queries and keys are left as
+            merging would leave: at ratio 0.5 a quarter of the keys. In the same time much nearer to the plain
+            picture, and there is nothing to match. `use_rand=False` takes the same sample in each step.
 
     Returns:
         The same model.
@@ -115,10 +116,10 @@ def apply_patch(
     for name, network, family in find_networks(model):
         sites = list(find_sites(network, family))
         chosen = [site for site in sites if left_alone(site, sites, config) is None]
-        if config.weighs_keys and family.bias is None:
+        if config.prop_attn and family.bias is None:
             raise ValueError(
                 f"attention of {name or type(network).__name__} ({family.name}) takes no bias, which "
-                "prop_attn and keys_only need: patch without them"
+                "prop_attn needs: patch without it"
             )
         if sites and not chosen:
             levels = ", ".join(str(level) for level in sorted({site.downsample for site in sites}))
@@ -337,12 +338,13 @@ class BlockPatch:
 
     def enter_attn1(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         call, kwargs = _take_call(kwargs)
+        call = call or self.container.last
         x, self.x = self.x, None
-        self.map = self.container.plan(self.name, x, call or self.container.last, self.work)
+        self.map = self.container.plan(self.name, x, call, self.work)
         if "attn1" not in self.parts:
             return args, kwargs
-        if self.container.owner.config.keys_only:
-            return args, self._merge_keys(attn, args[0], kwargs)
+        if call is not None and call.layout.keys is not None:
+            return args, self._take_keys(attn, args[0], kwargs, call.layout.keys)
         _refuse_caches(attn, f"{self.name}.attn1", "merge_attn=True")
         return self._merge(args), self._merge_bias(args[0], kwargs)
 
@@ -370,8 +372,8 @@ class BlockPatch:
     def forget(self, block: nn.Module, args: Args, output: Any) -> None:
         self.x = self.map = None
 
-    def _merge_keys(self, attn: nn.Module, x: Tensor, kwargs: Kwargs) -> Kwargs:
-        """Gives self-attention merged tokens to take keys and values from."""
+    def _take_keys(self, attn: nn.Module, x: Tensor, kwargs: Kwargs, keys: TokenMap) -> Kwargs:
+        """Gives self-attention a sample of the tokens to take keys and values from."""
         if self._map.is_identity or kwargs.get(self.family.keys) is not None:
             return kwargs
         if "Fused" in type(getattr(attn, "processor", None)).__name__:
@@ -379,10 +381,14 @@ class BlockPatch:
                 f"tomesd: {self.name}.attn1 computes queries, keys and values in one layer, which "
                 "keys_only=True cannot tell apart: call unfuse_qkv_projections() first"
             )
-        return {**self._merge_bias(x, kwargs), self.family.keys: self._map.merge(x)}
+        bias = self.family.bias
+        if bias is not None and kwargs.get(bias) is not None:
+            mask = keys.merge(_mask_of_keys(self.name, kwargs[bias], keys), "drop")
+            kwargs = {**kwargs, bias: mask.view(*kwargs[bias].shape[:-1], keys.groups)}
+        return {**kwargs, self.family.keys: keys.merge(x, "drop")}
 
     def _merge_bias(self, x: Tensor, kwargs: Kwargs) -> Kwargs:
-        weigh = self.container.owner.config.weighs_keys
+        weigh = self.container.owner.config.prop_attn
         return _merge_bias(self.name, x, kwargs, self._map, self.family, weigh)
 
     @property
@@ -443,7 +449,7 @@ class StagePatch:
     def enter_attn1(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         call, kwargs = _take_call(kwargs)
         _refuse_caches(attn, f"{self.name}.attn1", "merge_stage=True")
-        weigh = self.container.owner.config.weighs_keys
+        weigh = self.container.owner.config.prop_attn
         if not weigh and (self.family.bias is None or kwargs.get(self.family.bias) is None):
             return args, kwargs
         token_map = self._stage(call).map
@@ -504,17 +510,22 @@ def _merge_bias(
         return kwargs
     bias: Tensor | None = kwargs.get(family.bias)
     if bias is not None:
-        if bias.shape[-1] != token_map.tokens or bias.dim() > 3 or (bias.dim() == 3 and bias.shape[1] != 1):
-            raise ValueError(
-                f"tomesd: {name} got a self-attention mask of shape {list(bias.shape)}; only masks of its "
-                f"keys, [B, {token_map.tokens}] or [B, 1, {token_map.tokens}], can be merged"
-            )
-        least = -token_map.merge(-bias.to(torch.float32).flatten(1), "amax")
+        least = -token_map.merge(-_mask_of_keys(name, bias, token_map).to(torch.float32), "amax")
         bias = least.to(bias.dtype).view(*bias.shape[:-1], token_map.groups)
     if weigh:
         sizes = token_map.sizes.to(torch.float32).log().to(x.dtype)[:, None].expand(x.shape[0], -1, -1)
         bias = sizes if bias is None else sizes + bias.view(x.shape[0], 1, -1)
     return {**kwargs, family.bias: bias}
+
+
+def _mask_of_keys(name: str, bias: Tensor, token_map: TokenMap) -> Tensor:
+    """A mask or bias of keys as `[B, N]`."""
+    if bias.shape[-1] != token_map.tokens or bias.dim() > 3 or (bias.dim() == 3 and bias.shape[1] != 1):
+        raise ValueError(
+            f"tomesd: {name} got a self-attention mask of shape {list(bias.shape)}; only masks of its "
+            f"keys, [B, {token_map.tokens}] or [B, 1, {token_map.tokens}], can be merged"
+        )
+    return bias.flatten(1)
 
 
 def _detach(network: nn.Module) -> bool:

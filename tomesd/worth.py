@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .config import MergeConfig
+from .layout import keys_left
 from .matching import Windows, match_exact, match_windowed
 from .partition import Grid, cell_offsets
 
@@ -30,8 +31,9 @@ ROUNDS = 7
 PATIENCE = 0.3
 
 
-# Rows of a matrix: a number of them, or tokens of the image, all of them or those that merging leaves.
-Rows = int | Literal["all", "merged"]
+# Rows of a matrix: a number of them, or tokens of the image: all of them, those that merging leaves, or those
+# that are left as keys of all others.
+Rows = int | Literal["all", "merged", "keys"]
 
 
 @dataclass(frozen=True)
@@ -61,29 +63,50 @@ class Work:
                 if name == "ff":
                     linears += _linears(part, "merged")
                     continue
-                queries: Rows = "all" if name == "attn1" and config.keys_only else "merged"
-                keys: Rows = TEXT_TOKENS if is_cross_attention(block, name) else "merged"
+                queries, keys = _rows(block, name, config)
                 before = len(linears)
                 for layer, rows in (("to_q", queries), ("to_out", queries), ("to_k", keys), ("to_v", keys)):
                     linears += _linears(getattr(part, layer, None), rows)
                 heads = getattr(part, "heads", None)
                 if heads and len(linears) > before:
                     attentions.append((queries, keys, heads, linears[before][2] // heads))
-        return cls(tuple(linears), tuple(attentions), 1 if config.merge_stage else len(parts))
+        return cls(
+            tuple(linears), tuple(attentions), 1 if config.merge_stage else len(parts) - config.keys_only
+        )
 
-    def flops(self, tokens: int, merged: int) -> float:
-        """Floating point operations for an image of so many tokens, of which merging leaves so many."""
+    def flops(self, left: Left) -> float:
+        """Floating point operations for an image of which so many tokens are left."""
         total = 0.0
         for rows, a, b in self.linears:
-            total += 2 * _count(rows, tokens, merged) * a * b
+            total += 2 * left.count(rows) * a * b
         for queries, keys, heads, channels in self.attentions:
-            pairs = _count(queries, tokens, merged) * _count(keys, tokens, merged)
-            total += 4 * pairs * heads * channels
+            total += 4 * left.count(queries) * left.count(keys) * heads * channels
         return total
 
 
-def _count(rows: Rows, tokens: int, merged: int) -> int:
-    return {"all": tokens, "merged": merged}[rows] if isinstance(rows, str) else rows
+class Left(NamedTuple):
+    """Tokens of an image: all, those that merging leaves, and those that stay as keys of all."""
+
+    all: int
+    merged: int
+    keys: int
+
+    @classmethod
+    def of(cls, grid: Grid, ratio: float) -> Left:
+        n = grid.h * grid.w
+        return cls(n, n - grid.r(ratio), keys_left(grid, ratio))
+
+    def count(self, rows: Rows) -> int:
+        count: int = getattr(self, rows) if isinstance(rows, str) else rows
+        return count
+
+
+def _rows(block: nn.Module, name: str, config: MergeConfig) -> tuple[Rows, Rows]:
+    """Queries and keys of an attention."""
+    cross = is_cross_attention(block, name)
+    if name == "attn1" and config.keys_only:
+        return "all", TEXT_TOKENS if cross else "keys"
+    return "merged", TEXT_TOKENS if cross else "merged"
 
 
 def is_cross_attention(block: nn.Module, name: str) -> bool:
@@ -111,15 +134,15 @@ def pays(
     work: Work, config: MergeConfig, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether merging makes this work on an image of `h * w` tokens faster."""
-    large = h * w > ALWAYS and config.matching == "windowed" and config.ratio >= 0.25
-    if not work.linears or (large and any(keys == "merged" for _, keys, *_ in work.attentions)):
+    large = h * w > ALWAYS and config.ratio >= 0.25 and question(config, h, w)[2] != "exact"
+    if not work.linears or (large and any(isinstance(keys, str) for _, keys, *_ in work.attentions)):
         return True
     return trial(work, *question(config, h, w), batch, dtype, device).pays
 
 
 def question(config: MergeConfig, h: int, w: int) -> tuple[Grid, float, str]:
     """What of the options the time depends on."""
-    return Grid(h, w, config.sy, config.sx), config.ratio, config.matching
+    return Grid(h, w, config.sy, config.sx), config.ratio, config.matching if config.matches else "none"
 
 
 @cache
@@ -149,18 +172,17 @@ def _ways(
     work: Work, grid: Grid, ratio: float, matching: str, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Two callables that do the work of one image without and with merging."""
-    n = grid.h * grid.w
-    m = n - grid.r(ratio)
+    left = Left.of(grid, ratio)
 
     def fill(*shape: int) -> Tensor:
         return torch.arange(math.prod(shape), device=device).sin().to(dtype).view(shape)
 
-    x = fill(batch, n, work.linears[0][1])
+    x = fill(batch, left.all, work.linears[0][1])
     weights = {(a, b): fill(b, a) for _, a, b in work.linears}
 
-    def layers(m: int) -> Callable[[], None]:
+    def layers(left: Left) -> Callable[[], None]:
         def rows(kind: Rows, *shape: int) -> Tensor:
-            return fill(batch, *shape[:-1], _count(kind, n, m), shape[-1])
+            return fill(batch, *shape[:-1], left.count(kind), shape[-1])
 
         inputs = {(kind, a): rows(kind, a) for kind, a, _ in work.linears}
         heads = {(kind, h, c): rows(kind, h, c) for *both, h, c in work.attentions for kind in both}
@@ -174,14 +196,18 @@ def _ways(
 
         return run
 
-    run_all, run_merged = layers(n), layers(m)
+    run_all, run_merged = layers(Left(left.all, left.all, left.all)), layers(left)
 
     def merged() -> None:
+        if matching == "none":
+            x[:, : left.keys].clone()  # the sample itself is made once for all blocks
+            run_merged()
+            return
         dst = grid.dst(cell_offsets(grid.cells, grid.sy * grid.sx, seed=0, device=device))
         if matching == "windowed":
-            token_map = match_windowed(x, Windows.of(grid, device=device), dst, n - m)
+            token_map = match_windowed(x, Windows.of(grid, device=device), dst, grid.r(ratio))
         else:
-            token_map = match_exact(x, grid.partition(dst), n - m)
+            token_map = match_exact(x, grid.partition(dst), grid.r(ratio))
         for _ in range(work.merges):
             token_map.unmerge(token_map.merge(x))
         run_merged()

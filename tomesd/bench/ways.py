@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,15 +91,15 @@ def slice_unet(unet: nn.Module, setting: Setting, **options: Any) -> None:
     patch.plan = lambda x, layout: Sliced(x.shape[1], layout.grid.r(setting.ratio))
 
 
-def plan(setting: Setting, matching: Literal["exact", "windowed"], x: Tensor) -> TokenMap:
+def plan(setting: Setting, x: Tensor, **options: Any) -> TokenMap:
     """All that planning the merge of one self-attention takes; in a network, blocks share some of it."""
-    config = MergeConfig(setting.ratio, matching=matching)
+    config = MergeConfig(setting.ratio, **options)
     return Layout.of(x.mT.unflatten(2, setting.finest), config, 0).plan(x, config)
 
 
-def merge_block(block: nn.Module, setting: Setting, matching: Literal["exact", "windowed"]) -> None:
+def merge_block(block: nn.Module, setting: Setting, **options: Any) -> None:
     assert isinstance(block, Block)
-    block.plan = partial(plan, setting, matching)
+    block.plan = partial(plan, setting, **options)
 
 
 def merge_unet(unet: nn.Module, setting: Setting, **options: Any) -> None:
@@ -109,7 +109,7 @@ def merge_unet(unet: nn.Module, setting: Setting, **options: Any) -> None:
 def reuse_block(block: nn.Module, setting: Setting) -> None:
     assert isinstance(block, Block)
     (x,), _ = inputs(setting)
-    made = plan(setting, "windowed", x)
+    made = plan(setting, x)
     block.plan = lambda x: made
 
 
@@ -206,22 +206,12 @@ def leave_plain(network: nn.Module, setting: Setting) -> None:
     pass
 
 
-def equal_time(ratio: float) -> float:
-    """The ratio at which attention on merged keys alone takes the time of merging queries too."""
-    return 1 - (1 - ratio) ** 2
-
-
 def keys_block(block: nn.Module, setting: Setting) -> None:
-    setting = replace(setting, ratio=equal_time(setting.ratio))
-
     def enter(attention: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        return args, {**kwargs, "encoder_hidden_states": plan(setting, "windowed", args[0]).merge(args[0])}
+        x: Tensor = args[0]
+        return args, {**kwargs, "encoder_hidden_states": plan(setting, x, keys_only=True).merge(x, "drop")}
 
     block.get_submodule("attn1").register_forward_pre_hook(enter, with_kwargs=True)
-
-
-def keys_unet(unet: nn.Module, setting: Setting) -> None:
-    apply_patch(unet, equal_time(setting.ratio), keys_only=True)
 
 
 STAGE: dict[str, Any] = {"merge_stage": True}
@@ -245,7 +235,7 @@ WAYS = {
     ),
     "windowed": Way(
         "tomesd as it comes: matching in windows, each block plans for itself",
-        partial(merge_block, matching="windowed"),
+        merge_block,
         merge_unet,
         "ideal",
     ),
@@ -262,9 +252,9 @@ WAYS = {
         "ideal",
     ),
     "keys": Way(
-        "tomesd with keys_only=True, at the ratio that takes equal time (0.75 for 0.5)",
+        "tomesd with keys_only=True: all queries, and a sample of the keys",
         keys_block,
-        keys_unet,
+        partial(merge_unet, keys_only=True),
     ),
     "all-levels": Way(
         "tomesd with max_downsample=8: at small levels merging may cost more than it saves",
