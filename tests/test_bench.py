@@ -361,7 +361,7 @@ def test_a_plan_merges_as_much_as_the_ideal():
     (x,), _ = models.inputs(BLOCK)
     grid = Grid(*BLOCK.finest)
     for matching in ("exact", "windowed"):
-        assert ways.plan(BLOCK, matching, x).groups == ways.Sliced(x.shape[1], grid.r(0.5)).groups == 192
+        assert ways.plan(BLOCK, x, matching=matching).groups == ways.Sliced(x.shape[1], grid.r(0.5)).groups == 192
 
 
 def test_ops_are_counted():
