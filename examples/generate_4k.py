@@ -212,6 +212,8 @@ def load(args: argparse.Namespace, device: Any) -> Any:
         pipe = random_pipeline(device, dtype)
     else:
         pipe = generate.load_pipeline(args, device, f"take --random or --model {generate.EMOJI_MODEL}")
+    if not (hasattr(pipe, "unet") and hasattr(pipe, "vae")):
+        raise UserError(f"{args.model} is a {type(pipe).__name__}, which has no UNet or no autoencoder")
     # At once, the autoencoder alone would need tens of gigabytes for a picture of this size.
     pipe.vae.enable_tiling()
     pipe.vae.enable_slicing()
