@@ -224,12 +224,14 @@ def base_size(pipe: Any, size: tuple[int, int]) -> tuple[int, int]:
     """Width and height near the model's own area and near the shape of `size`, even at all levels."""
     multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     native = need("tomesd").explain(pipe)
-    shape = math.sqrt(size[0] / size[1])
 
-    def near(side: float) -> int:
-        return max(multiple, round(side / multiple) * multiple)
+    def distance(candidate: tuple[int, int]) -> float:
+        width, height = candidate
+        shape = math.log(width / height) - math.log(size[0] / size[1])
+        return 2 * abs(shape) + abs(math.log(width * height / (native.width * native.height)))
 
-    return near(native.width * shape), near(native.height / shape)
+    sides = range(multiple, 2 * max(native.width, native.height) + multiple, multiple)
+    return min(itertools.product(sides, sides), key=distance)
 
 
 class Tiles:

@@ -72,6 +72,20 @@ def test_a_base_of_another_shape_and_strength(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("size", "base"),
+    [
+        ((3840, 2176), (704, 384)),
+        ((2176, 3840), (384, 704)),
+        ((4096, 4096), (512, 512)),
+        ((4096, 2048), (768, 384)),
+    ],
+)
+def test_the_base_has_the_area_of_the_model_and_the_shape_of_the_picture(size, base):
+    pipe = generate_4k.random_pipeline(torch.device("meta"), torch.float16)
+    assert generate_4k.base_size(pipe, size) == base
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--size", "3840x2161"], "--size 3840x2161: 2161 is not a multiple of 8; take 2160 or 2168"),
