@@ -146,14 +146,14 @@ def check_cheap(args: argparse.Namespace) -> None:
         raise UserError(f"cannot write into the folder {args.out}")
 
 
-def check_multiple(size: tuple[int, int], multiple: int) -> None:
+def check_multiple(size: tuple[int, int], multiple: int, option: str = "--size") -> None:
     for side in size:
         if side % multiple or side == 0:
             below = max(multiple, side // multiple * multiple)
             near = dict.fromkeys((below, below + multiple))
             advice = " or ".join(map(str, near))
             raise UserError(
-                f"--size {size[0]}x{size[1]}: {side} is not a multiple of {multiple}; take {advice}"
+                f"{option} {size[0]}x{size[1]}: {side} is not a multiple of {multiple}; take {advice}"
             )
 
 
@@ -216,17 +216,23 @@ def pick_device(wanted: str) -> Any:
     return device
 
 
-def load_pipeline(args: argparse.Namespace, device: Any) -> Any:
-    """The pipeline, on its device and without anything that is not needed for drawing."""
-    torch, diffusers = need("torch"), need("diffusers")
+def pick_dtype(wanted: str, device: Any) -> Any:
+    name = ("float16" if device.type == "cuda" else "float32") if wanted == "auto" else DTYPES[wanted]
+    return getattr(need("torch"), name)
+
+
+def load_pipeline(
+    args: argparse.Namespace, device: Any, otherwise: str = "leave --model out for the shipped model"
+) -> Any:
+    """The pipeline, on its device; if it cannot be had, the error says what to do `otherwise`."""
+    diffusers, dtype = need("diffusers"), pick_dtype(args.dtype, device)
     local = Path(args.model).expanduser()
     source = str(local) if local.is_dir() else args.model
-    name = ("float16" if device.type == "cuda" else "float32") if args.dtype == "auto" else DTYPES[args.dtype]
-    say(f"loading {source} on {device} as {name}")
+    say(f"loading {source} on {device} as {str(dtype).removeprefix('torch.')}")
     # diffusers 0.42 calls torch_dtype old
     keyword = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, **{keyword: getattr(torch, name)})
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, **{keyword: dtype})
     except Exception as error:
         if local.is_dir():
             raise UserError(f"{local} cannot be loaded as a pipeline: {first_line(error)}") from None
@@ -235,7 +241,7 @@ def load_pipeline(args: argparse.Namespace, device: Any) -> Any:
             cause = "cannot be reached, and it is not in the local cache"
         raise UserError(
             f"cannot get the model {args.model!r}: no such folder here, and from the Hugging "
-            f"Face Hub: {cause}. Check the name and the network, or leave --model out for the shipped model"
+            f"Face Hub: {cause}. Check the name and the network, or {otherwise}"
         ) from None
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise UserError(f"{args.model} is a {type(pipe).__name__}, which draws nothing from a prompt")
@@ -507,12 +513,12 @@ def run(args: argparse.Namespace) -> None:
     print(text)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def guarded(program: str, call: Callable[[], None], if_full: str) -> int:
+    """The exit code of a call, whose mistakes are told in a line; `if_full`: what to try if memory ends."""
     try:
-        run(args)
+        call()
     except UserError as error:
-        say(f"generate.py: error: {error}")
+        say(f"{program}: error: {error}")
         return 2
     except KeyboardInterrupt:
         say("stopped")
@@ -520,12 +526,19 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        say(
-            "generate.py: error: out of memory; try a higher --ratio (up to 0.75), a smaller --size, "
-            "--dtype fp16 on a GPU, or in your own code pipe.vae.enable_tiling()"
-        )
+        say(f"{program}: error: out of memory; try {if_full}")
         return 2
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return guarded(
+        "generate.py",
+        lambda: run(args),
+        "a higher --ratio (up to 0.75), a smaller --size, --dtype fp16 on a GPU, or for large pictures "
+        "examples/generate_4k.py",
+    )
 
 
 if __name__ == "__main__":

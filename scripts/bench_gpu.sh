@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Every speed figure that a GPU can give, as CSVs, tables and plots in a folder:
 #   bash scripts/bench_gpu.sh                                  all parts, into outputs/gpu
-#   bash scripts/bench_gpu.sh FOLDER block unet sdxl compiled ops vit     some of them
+#   bash scripts/bench_gpu.sh FOLDER block unet sdxl 4k compiled ops vit  some of them
 # A part that fails leaves its log and the others go on; the exit code is that of the last one to fail.
 set -uo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 folder="${1:-$root/outputs/gpu}"
 (($#)) && shift
-(($#)) || set -- block unet sdxl compiled ops vit
+(($#)) || set -- block unet sdxl 4k compiled ops vit
 mkdir -p "$folder"
 bench() { python "$root/scripts/bench.py" --dtypes bfloat16 "$@"; }
 python="python $root/scripts/torchvision_ops.py $root/scripts"
@@ -17,13 +17,19 @@ part() {
         block) bench --csv "$folder/block.csv" --sizes 512 1024 2048 3840x2176 ;;
         unet) bench --csv "$folder/unet.csv" --level unet --sizes 512 1024 2048 3840x2176 4096 ;;
         sdxl) bench --csv "$folder/sdxl.csv" --level unet --model sdxl --sizes 1024 2048 4096 ;;
+        4k)
+            bench --csv "$folder/4k.csv" --level unet --sizes 3840x2176 --ratios 0.5 0.75 --rounds 5 \
+                --ways tomesd-0.1.3 ideal windowed ideal-4k 4k ideal-4k-stage 4k-stage
+            $python/../examples/generate_4k.py --random --compare --out "$folder"
+            $python/../examples/generate_4k.py --random --merge-stage --out "$folder"
+            ;;
         compiled)
             bench --csv "$folder/compiled.csv" --level unet --compile --sizes 512 1024 2048 --rounds 5 \
                 --ways ideal windowed reuse prop-attn keys ideal-stage stage
             ;;
         ops) $python/bench_ops.py --device cuda --dtype bfloat16 ;;
         vit) $python/bench_vit.py --device cuda --csv "$folder/vit.csv" --plot "$folder/vit.png" ;;
-        *) echo "no part is called $1: block unet sdxl compiled ops vit" && return 2 ;;
+        *) echo "no part is called $1: block unet sdxl 4k compiled ops vit" && return 2 ;;
     esac
 }
 

@@ -38,7 +38,7 @@ def test_every_way_is_measured(level, tmp_path, capsys):
     size = "640x128" if level == "block" else "640x64"
     rows = bench(tmp_path / "b.csv", "--level", level, "--sizes", size, "--dtypes", "float32")
     assert [row["way"] for row in rows] == ways.at(level)
-    assert len(ways.at(level)) == {"block": 9, "unet": 16}[level]
+    assert len(ways.at(level)) == {"block": 9, "unet": 20}[level]
     for row in rows:
         assert row["note"] == ""
         assert row["size"] == size

@@ -106,6 +106,11 @@ def merge_unet(unet: nn.Module, setting: Setting, **options: Any) -> None:
     apply_patch(unet, setting.ratio, **options)
 
 
+def on_two_levels(patch: Callable[..., None], unet: nn.Module, setting: Setting, **options: Any) -> None:
+    """Patches at the two finest levels that have attention."""
+    patch(unet, setting, max_downsample=2 * MODELS[setting.model].downsample, **options)
+
+
 def reuse_block(block: nn.Module, setting: Setting) -> None:
     assert isinstance(block, Block)
     (x,), _ = inputs(setting)
@@ -128,9 +133,12 @@ def old_unet(unet: nn.Module, setting: Setting) -> None:
 
 
 def old_needs(setting: Setting) -> int:
-    """All similarities of three quarters of the tokens to the others, at once, and some more."""
-    src, dst = 3 * setting.tokens // 4, setting.tokens // 4
-    return int(1.3 * setting.batch * src * dst * setting.torch_dtype.itemsize)
+    return similarities(setting.batch, setting.tokens, setting.torch_dtype)
+
+
+def similarities(batch: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes for those of three quarters of the tokens to the others, at once, and some more."""
+    return int(1.3 * batch * (3 * tokens // 4) * (tokens // 4) * dtype.itemsize)
 
 
 class ToDo:
@@ -286,6 +294,27 @@ WAYS = {
         None,
         partial(merge_unet, **STAGE_4),
         "ideal-stage-4",
+    ),
+    "ideal-4k": Way(
+        "as ideal, at the two finest levels", None, partial(on_two_levels, slice_unet), "ideal-4k"
+    ),
+    "4k": Way(
+        "tomesd at the two finest levels, as in examples/generate_4k.py: with --ratios 0.75",
+        None,
+        partial(on_two_levels, merge_unet),
+        "ideal-4k",
+    ),
+    "ideal-4k-stage": Way(
+        "as ideal-stage, at the two finest levels",
+        None,
+        partial(on_two_levels, slice_unet, **STAGE),
+        "ideal-4k-stage",
+    ),
+    "4k-stage": Way(
+        "as 4k, with merge_stage=True",
+        None,
+        partial(on_two_levels, merge_unet, **STAGE),
+        "ideal-4k-stage",
     ),
     "todo": Way(
         "ToDo: keys and values from every second token of every second row, finest level",
