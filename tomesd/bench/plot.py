@@ -30,8 +30,10 @@ COLOURS = {
     "exact": "C9",
     **{"ideal": "C0", "windowed": "C0", "reuse": "C2", "prop-attn": "C3", "keys": "k"},
     **{"ideal-stage": "C1", "stage": "C1", "ideal-stage-4": "C3", "stage-4": "C3"},
+    "stage-prop-attn": "gold",
     **{"all-levels": "C7", "auto": "C8"},
     **{"todo": "C4", "hypertile": "C6"},
+    "fewer-steps": "0.35",
 }
 
 Point = dict[str, str]
