@@ -54,7 +54,7 @@ def transformers_model() -> nn.Module:
     config = Dinov2Config(
         hidden_size=WIDTH, num_attention_heads=HEADS, num_hidden_layers=LAYERS, image_size=TRAINED_SIZE
     )
-    model = Dinov2Model(config).eval()
+    model: nn.Module = Dinov2Model(config)
     renamed = {
         "attention.attention.query": "attention.q_proj",
         "attention.attention.key": "attention.k_proj",
@@ -67,7 +67,7 @@ def transformers_model() -> nn.Module:
             name = name.replace(old, new)
         state[name] = tensor
     model.load_state_dict(state)
-    return model
+    return model.eval()
 
 
 def timm_model(size: int = TRAINED_SIZE) -> nn.Module:
@@ -75,7 +75,7 @@ def timm_model(size: int = TRAINED_SIZE) -> nn.Module:
     import timm
     from timm.layers import resample_abs_pos_embed
 
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=size, num_classes=0).eval()
+    model: nn.Module = timm.create_model("vit_small_patch14_dinov2", img_size=size, num_classes=0)
     old = weights()
     state = {
         "cls_token": old["embeddings.cls_token"],
@@ -95,7 +95,7 @@ def timm_model(size: int = TRAINED_SIZE) -> nn.Module:
         for half in (1, 2):
             state[f"blocks.{i}.ls{half}.gamma"] = old[f"encoder.layer.{i}.layer_scale{half}.lambda1"]
     model.load_state_dict(state)
-    return model
+    return model.eval()
 
 
 if __name__ == "__main__":

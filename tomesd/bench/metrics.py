@@ -35,8 +35,9 @@ class Missing(RuntimeError):
 
 def psnr(pictures: Pictures, plain: Pictures) -> Floats:
     """dB, of each picture; `EQUAL` at most."""
-    from skimage.metrics import peak_signal_noise_ratio as level
+    import skimage.metrics
 
+    level: Any = skimage.metrics.peak_signal_noise_ratio
     pairs = zip(pictures, plain, strict=True)
     levels = [EQUAL if np.array_equal(a, b) else level(b, a) for a, b in pairs]
     return np.minimum(levels, EQUAL)
@@ -44,10 +45,11 @@ def psnr(pictures: Pictures, plain: Pictures) -> Floats:
 
 def ssim(pictures: Pictures, plain: Pictures) -> Floats:
     """Structural similarity of each picture, 1 for equal ones."""
-    from skimage.metrics import structural_similarity
+    import skimage.metrics
 
+    similarity: Any = skimage.metrics.structural_similarity
     pairs = zip(pictures, plain, strict=True)
-    return np.array([structural_similarity(b, a, channel_axis=2) for a, b in pairs])
+    return np.array([similarity(b, a, channel_axis=2) for a, b in pairs])
 
 
 def unit(pictures: Pictures, device: str) -> Tensor:

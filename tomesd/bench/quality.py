@@ -50,7 +50,7 @@ from ..families import find_networks, find_sites
 from . import memory, metrics, peers
 from .metrics import Floats, Measures, Pictures
 from .models import Setting, import_diffusers
-from .plot import COLOURS
+from .plot import curves, sheet
 from .speed import DTYPES, Row, Run, aligned, device_name, environment, positive, ratio, reason, write
 from .ways import WAYS, at
 
@@ -382,56 +382,17 @@ def key(args: argparse.Namespace, prompts: list[str]) -> Row:
     }
 
 
-def draw_plot(rows: list[Row], metric: str, title: str) -> Any:
-    """A figure of matplotlib: error over time, a curve for each way, plain's time as a line."""
-    from matplotlib.figure import Figure
+def columns(pictures: dict[Point, Pictures], rows: int) -> dict[str, Pictures]:
+    """For the sheet: of each way the point whose ratio is nearest to 0.5, or which has the fewest steps."""
+    ways: dict[str, list[Point]] = {}
+    for point in pictures:
+        ways.setdefault(point.way, []).append(point)
 
-    figure = Figure(figsize=(8.2, 5), layout="constrained")
-    axes = figure.subplots()
-    for way in dict.fromkeys(row["way"] for row in rows):
-        if way == "plain":
-            axes.axvline(rows[0]["seconds"], color=COLOURS["plain"], linestyle="--", label="plain")
-            continue
-        here = [row for row in rows if row["way"] == way and row[metric] is not None]
-        if not here:
-            continue
-        seconds = [row["seconds"] for row in here]
-        values = [1 - row[metric] if metric == "dinov2_cosine" else row[metric] for row in here]
-        style: Row = {"color": COLOURS[way], "marker": "s" if way == FEWER else "o", "markersize": 4}
-        axes.plot(seconds, values, label=way, **style)
-        for row, x, y in zip(here, seconds, values, strict=True):
-            text = (row["steps"] if way == FEWER else row["ratio"]) or ""
-            about: Row = {"textcoords": "offset points", "fontsize": 6, "color": COLOURS[way]}
-            axes.annotate(text, (x, y), (3, 3), **about)
-    axes.set(xlabel="seconds of the UNet for a picture", ylabel=AXES[metric])
-    axes.set_title(title, fontsize=9)
-    axes.grid(color="0.92")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False)
-    return figure
+    def far(point: Point) -> tuple[float, int]:
+        return abs((point.ratio or 0) - 0.5), point.steps
 
-
-def draw_sheet(pictures: dict[Point, Pictures], prompts: list[str]) -> Any:
-    """A figure of matplotlib: a row for each prompt; of a way the ratio nearest to 0.5 or fewest steps."""
-    from matplotlib.figure import Figure
-
-    columns = []
-    for way in dict.fromkeys(point.way for point in pictures):
-        here = [point for point in pictures if point.way == way]
-        columns.append(min(here, key=lambda point: abs((point.ratio or 0) - 0.5) * 1000 + point.steps))
-    prompts = prompts[:SHOWN]
-    size = (1.1 * len(columns) + 1, 1.1 * len(prompts) + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(prompts), len(columns), squeeze=False)
-    for (i, j), axis in np.ndenumerate(axes):
-        axis.imshow(pictures[columns[j]][i])
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-        if i == 0:
-            axis.set_title(columns[j].name.replace(" ", "\n"), fontsize=7)
-        if j == 0:
-            axis.set_ylabel(prompts[i][:40], fontsize=7, rotation=0, ha="right", va="center", wrap=True)
-    return figure
+    shown = [min(here, key=far) for here in ways.values()]
+    return {point.name: pictures[point][:rows] for point in shown}
 
 
 def check(args: argparse.Namespace) -> None:
@@ -540,8 +501,8 @@ def run(args: argparse.Namespace) -> int:
     outputs = {name: getattr(args, name) or folder / file for name, file in FILES.items()}
     write([{**row, **common, **where} for row in rows], outputs["csv"])
     try:
-        draw_plot(rows, args.plot_metric, title).savefig(outputs["plot"], dpi=150)
-        draw_sheet(pictures, prompts).savefig(outputs["sheet"], dpi=150)
+        curves(rows, args.plot_metric, AXES[args.plot_metric], title).savefig(outputs["plot"], dpi=150)
+        sheet(columns(pictures, len(prompts[:SHOWN])), prompts[:SHOWN]).savefig(outputs["sheet"], dpi=150)
     except ValueError as error:  # no such format
         parser.error(str(error))
     for name, path in outputs.items():
