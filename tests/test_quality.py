@@ -114,6 +114,10 @@ def test_all_that_is_asked_for_is_drawn_measured_and_kept(model, tmp_path, capsy
     (folder / "keys 0.5-0.npz").unlink()
     assert bench(*call) == rows
     assert len(unet_calls) == 2 + 2 * 3
+    # One more seed is two more batches.
+    unet_calls.clear()
+    bench(*call, "--ways", "windowed", "--seeds", "3")
+    assert len(unet_calls) == 2 * (2 + 2)
     bench(*call, "--fresh", "--ways", "fewer-steps")
     assert len(unet_calls) == 8 + 4 * (2 + 1) + 3
 
@@ -162,6 +166,16 @@ def test_a_way_that_fails_when_drawing_has_a_note(tmp_path, monkeypatch):
     rows = bench(*call)
     assert [row["note"] for row in rows] == ["", "MemoryError: too much", ""]
     assert rows[1]["psnr_db"] == ""
+
+
+def test_pipelines_that_need_more_than_a_prompt_say_so(tmp_path):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    tiny.sd(StableDiffusionImg2ImgPipeline).save_pretrained(tmp_path / "other")
+    (tmp_path / "prompts.txt").write_text("a cat")
+    call = ["--model", tmp_path / "other", "--prompts-file", tmp_path / "prompts.txt", "--cache", tmp_path]
+    with pytest.raises(SystemExit, match="plain cannot be drawn: ValueError: Input is in"):
+        main(["quality", *map(str, call)])
 
 
 @pytest.mark.parametrize(

@@ -261,8 +261,8 @@ def import_diffusers() -> Diffusers:
             raise SystemExit(
                 "diffusers cannot be imported, as torchvision is of another build than torch (operator "
                 "torchvision::nms does not exist): install the torchvision that belongs to "
-                f"torch {torch.__version__}, or uninstall torchvision, or run `python scripts/bench.py` of a "
-                "checkout of tomesd, which does without its operators"
+                f"torch {torch.__version__}, or uninstall torchvision, or run `python scripts/bench.py` or "
+                "scripts/quality.py of a checkout of tomesd, which do without its operators"
             ) from error
         raise
     return Diffusers(unet, attention, importlib.import_module("diffusers").__version__)

@@ -218,6 +218,8 @@ class Bench:
             handle = self.unet.register_forward_hook(keep, with_kwargs=True)
             try:
                 self.recorded = self.draw(self.unet, self.batches[0], self.args.steps), calls
+            except Exception as error:  # whatever it is, there is nothing to compare with
+                raise SystemExit(f"plain cannot be drawn: {reason(error)}") from error
             finally:
                 handle.remove()
         return self.recorded
@@ -365,6 +367,23 @@ def load(args: argparse.Namespace) -> Any:
     return pipe
 
 
+def size_of(pipe: Any, size: int | None) -> int:
+    """The side of its pictures in pixels: `size`, or the pipeline's own.
+
+    Raises:
+        ValueError: the pipeline cannot draw that size, or does not say its own.
+    """
+    if size is None:
+        latent = pipe.unet.config.sample_size
+        if not isinstance(latent, int):
+            raise ValueError(f"argument --size: needed, as the model's own is {latent}")
+        size = latent * pipe.vae_scale_factor
+    multiple = max(8, pipe.vae_scale_factor)  # pipelines of diffusers ask for 8, whatever the VAE
+    if size % multiple:
+        raise ValueError(f"argument --size: {size} must be a multiple of {multiple}")
+    return size
+
+
 def key(args: argparse.Namespace, prompts: list[str]) -> Row:
     """All that pictures depend on."""
     model = Path(args.model)
@@ -375,7 +394,8 @@ def key(args: argparse.Namespace, prompts: list[str]) -> Row:
         "weights": [
             [str(file.relative_to(model)), file.stat().st_size, file.stat().st_mtime_ns] for file in weights
         ],
-        **{name: getattr(args, name) for name in ("seeds", "batch", "size", "steps", "guidance", "dtype")},
+        # Not seeds: the batches of more of them come after those of fewer.
+        **{name: getattr(args, name) for name in ("batch", "size", "steps", "guidance", "dtype")},
         "prompts": prompts,
         "device": torch.device(args.device).type,
         "sources": hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest(),
@@ -435,9 +455,7 @@ def run(args: argparse.Namespace) -> int:
         check(args)
         prompts = read_prompts(args)
         pipe = load(args)
-        args.size = args.size or pipe.unet.config.sample_size * pipe.vae_scale_factor
-        if args.size % max(8, pipe.vae_scale_factor):
-            raise ValueError(f"argument --size: {args.size} must be a multiple of 8")
+        args.size = size_of(pipe, args.size)
         measures = Measures(args.device, args.cache / "dinov2", Path(args.model), prompts * args.seeds)
         if args.guidance <= 1:
             measures.missing["guided_error"] = f"there is none with --guidance {args.guidance:g}"
@@ -477,7 +495,7 @@ def run(args: argparse.Namespace) -> int:
             rows.append(row)
             if row["note"]:
                 if point.way == "plain":
-                    sys.exit(f"plain cannot be drawn, so there is nothing to compare with: {row['note']}")
+                    sys.exit(f"plain cannot be drawn: {row['note']}")
                 continue
             row["speed"] = rows[0]["seconds"] / row["seconds"]
             pictures[point] = np.concatenate([drawn.pictures for drawn in done])
