@@ -9,7 +9,10 @@ diffusers = [
     *("diffusers>=0.30", "transformers>=4.40", "accelerate>=0.30", "safetensors>=0.4"),
     *("pillow", "matplotlib"),  # for examples/generate.py
 ]
-bench = ["diffusers>=0.30", "tqdm", "matplotlib"]
+bench = [
+    *("diffusers>=0.30", "tqdm", "matplotlib"),
+    *("transformers>=5", "onnx", "scikit-image", "pillow"),  # for `python -m tomesd quality`
+]
 vit = ["timm>=1.0", "torchvision", "transformers>=5", "tqdm", "pillow"]
 
 setup(
@@ -40,8 +43,6 @@ setup(
             "ruff",
             # for scripts/
             "fonttools",
-            "onnx",
-            "scikit-image",
             # what CompVis' ldm imports; the tests run against it
             "einops",
             "omegaconf",

@@ -10,7 +10,6 @@ rebuilt from one mean patch for each group.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +44,7 @@ def load(size: int, hub: bool) -> nn.Module:
         return timm.create_model(
             "vit_small_patch14_dinov2", pretrained=True, img_size=size, num_classes=0
         ).eval()
-    sys.path.append(str(Path(__file__).parent.parent / "scripts"))
-    import dinov2
+    from tomesd.bench import dinov2
 
     return dinov2.timm_model(size)
 

@@ -21,15 +21,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import dinov2
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision_ops
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import tomesd
 import tomesd.vit as tome
+from tomesd.bench import dinov2
+
+torchvision_ops.define()
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

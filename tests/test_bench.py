@@ -38,7 +38,7 @@ def test_every_way_is_measured(level, tmp_path, capsys):
     size = "640x128" if level == "block" else "640x64"
     rows = bench(tmp_path / "b.csv", "--level", level, "--sizes", size, "--dtypes", "float32")
     assert [row["way"] for row in rows] == ways.at(level)
-    assert len(ways.at(level)) == {"block": 9, "unet": 20}[level]
+    assert len(ways.at(level)) == {"block": 9, "unet": 21}[level]
     for row in rows:
         assert row["note"] == ""
         assert row["size"] == size
@@ -179,7 +179,7 @@ def test_mistakes_are_named(arguments, says, capsys):
 
 def test_commands_are_listed_and_unknown_ones_refused(capsys):
     assert main([]) == 0
-    assert {"bench", "plot"} <= set(capsys.readouterr().out.split())
+    assert {"bench", "plot", "quality"} <= set(capsys.readouterr().out.split())
     with pytest.raises(SystemExit):
         main(["fly"])
     assert "invalid choice: 'fly'" in capsys.readouterr().err
@@ -361,7 +361,11 @@ def test_a_plan_merges_as_much_as_the_ideal():
     (x,), _ = models.inputs(BLOCK)
     grid = Grid(*BLOCK.finest)
     for matching in ("exact", "windowed"):
-        assert ways.plan(BLOCK, x, matching=matching).groups == ways.Sliced(x.shape[1], grid.r(0.5)).groups == 192
+        assert (
+            ways.plan(BLOCK, x, matching=matching).groups
+            == ways.Sliced(x.shape[1], grid.r(0.5)).groups
+            == 192
+        )
 
 
 def test_ops_are_counted():

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .bench import plot, speed
+from .bench import plot, quality, speed
 
-COMMANDS = {"bench": speed, "plot": plot}
+COMMANDS = {"bench": speed, "plot": plot, "quality": quality}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,1 +1,1 @@
-"""`python -m tomesd bench` and `plot`: how fast each way to merge is, and how fast it could be."""
+"""`python -m tomesd bench`, `plot`, `quality`: how fast each way to merge is, could be, and what it costs."""

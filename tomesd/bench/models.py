@@ -75,7 +75,21 @@ TIME_IDS = 6
 
 @dataclass(frozen=True)
 class Setting:
-    """What all ways have in common: sizes are pixels."""
+    """What all ways have in common.
+
+    Args:
+        level: `"block"` or `"unet"`.
+        model: its name; one of `MODELS` unless `downsample` is given.
+        dtype: by its name in torch.
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+        ratio: share of the tokens that merge away.
+        batch: pictures, or guidance halves.
+        device: as torch calls it.
+        scale: pixels for each latent pixel, along a side.
+        downsample: how many times smaller than the latent image is the finest self-attention; the model's
+            unless given.
+    """
 
     level: str
     model: str
@@ -85,11 +99,17 @@ class Setting:
     ratio: float
     batch: int
     device: str
+    scale: int = 8
+    downsample: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.downsample:
+            object.__setattr__(self, "downsample", MODELS[self.model].downsample)
 
     @property
     def latent(self) -> tuple[int, int]:
         """Height and width of the latent image."""
-        return self.height // 8, self.width // 8
+        return self.height // self.scale, self.width // self.scale
 
     def image(self, downsample: int) -> tuple[int, int]:
         """Height and width in tokens at a level of the network."""
@@ -99,7 +119,7 @@ class Setting:
     @property
     def finest(self) -> tuple[int, int]:
         """Height and width in tokens of the finest self-attention."""
-        return self.image(MODELS[self.model].downsample)
+        return self.image(self.downsample)
 
     @property
     def tokens(self) -> int:
@@ -241,8 +261,8 @@ def import_diffusers() -> Diffusers:
             raise SystemExit(
                 "diffusers cannot be imported, as torchvision is of another build than torch (operator "
                 "torchvision::nms does not exist): install the torchvision that belongs to "
-                f"torch {torch.__version__}, or uninstall torchvision, or run `python scripts/bench.py` of a "
-                "checkout of tomesd, which does without its operators"
+                f"torch {torch.__version__}, or uninstall torchvision, or run `python scripts/bench.py` or "
+                "scripts/quality.py of a checkout of tomesd, which do without its operators"
             ) from error
         raise
     return Diffusers(unet, attention, importlib.import_module("diffusers").__version__)

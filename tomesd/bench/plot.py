@@ -30,14 +30,12 @@ COLOURS = {
     "exact": "C9",
     **{"ideal": "C0", "windowed": "C0", "reuse": "C2", "prop-attn": "C3", "keys": "k"},
     **{"ideal-stage": "C1", "stage": "C1", "ideal-stage-4": "C3", "stage-4": "C3"},
-    **{
-        "ideal-4k": "darkgreen",
-        "4k": "darkgreen",
-        "ideal-4k-stage": "saddlebrown",
-        "4k-stage": "saddlebrown",
-    },
+    "stage-prop-attn": "gold",
+    **{"ideal-4k": "darkgreen", "4k": "darkgreen"},
+    **{"ideal-4k-stage": "saddlebrown", "4k-stage": "saddlebrown"},
     **{"all-levels": "C7", "auto": "C8"},
     **{"todo": "C4", "hypertile": "C6"},
+    "fewer-steps": "0.35",
 }
 
 Point = dict[str, str]
@@ -135,6 +133,53 @@ def draw(rows: list[Point], below: str) -> Any:
     lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
     figure.legend(lines.values(), lines, loc="outside right center", frameon=False)
     figure.suptitle(heading(rows), fontsize=11)
+    return figure
+
+
+def curves(rows: list[dict[str, Any]], figure_name: str, label: str, title: str) -> Any:
+    """A figure of matplotlib: a column of `quality` over seconds; each way a curve, plain's time a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.2, 5), layout="constrained")
+    axis = figure.subplots()
+    for way in dict.fromkeys(row["way"] for row in rows):
+        colour = COLOURS[way]
+        if way == "plain":
+            axis.axvline(rows[0]["seconds"], color=colour, linestyle="--", label=way)
+            continue
+        here = [row for row in rows if row["way"] == way and row[figure_name] is not None]
+        if not here:
+            continue
+        seconds = [row["seconds"] for row in here]
+        values = [1 - row[figure_name] if label.startswith("1 -") else row[figure_name] for row in here]
+        fewer = way == "fewer-steps"
+        axis.plot(seconds, values, color=colour, marker="s" if fewer else "o", markersize=4, label=way)
+        about: dict[str, Any] = {"textcoords": "offset points", "fontsize": 6, "color": colour}
+        for row, at in zip(here, zip(seconds, values, strict=True), strict=True):
+            axis.annotate((row["steps"] if fewer else row["ratio"]) or "", at, (3, 3), **about)
+    axis.set(xlabel="seconds of the UNet for a picture", ylabel=label)
+    axis.set_title(title, fontsize=9)
+    axis.grid(color="0.92")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def sheet(columns: dict[str, Any], rows: list[str]) -> Any:
+    """A figure of matplotlib: pictures, as many in each column as there are names of rows."""
+    from matplotlib.figure import Figure
+
+    size = (1.1 * len(columns) + 1, 1.1 * len(rows) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for j, (name, pictures) in enumerate(columns.items()):
+        axes[0, j].set_title(name.replace(" ", "\n"), fontsize=7)
+        for axis, picture in zip(axes[:, j], pictures, strict=True):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+    for axis, row in zip(axes[:, 0], rows, strict=True):
+        axis.set_ylabel(row[:40], fontsize=7, rotation=0, ha="right", va="center")
     return figure
 
 

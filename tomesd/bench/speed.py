@@ -35,7 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -310,11 +310,25 @@ def commit() -> str:
         return ""
 
 
-def written(name: str, value: Any) -> str:
-    """A figure as it stands in the table."""
+def written(value: Any, form: str) -> str:
+    """A figure as it stands in a table."""
     if value is None:
         return "-"
-    return format(value, FORMATS.get(name, "#.4g")) if isinstance(value, float) else str(value)
+    return format(value, form) if isinstance(value, float) else str(value)
+
+
+def aligned(lead: str, figures: Iterable[str], rows: list[Row], formats: dict[str, str]) -> str:
+    """Rows as a table: the column `lead`, then those figures that a row has, or its note."""
+    shown = [name for name in figures if any(row[name] is not None for row in rows)]
+    lines = [[lead, *shown]]
+    lines += [[row[lead], *(written(row[name], formats.get(name, "#.4g")) for name in shown)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for (first, *cells), note in zip(lines, ["", *(row["note"] for row in rows)], strict=True):
+        # A row that failed has no figures, and its note needs the room.
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        text.append("  ".join([first.ljust(widths[0]), *([note] if note else padded)]))
+    return "\n".join(text)
 
 
 def table(rows: list[Row]) -> str:
@@ -325,20 +339,7 @@ def table(rows: list[Row]) -> str:
         f"{first['dtype']}, ratio {first['ratio']:g}, batch {first['batch']}, "
         f"{'compiled' if first['compiled'] else 'eager'}"
     )
-    # A figure that nobody has is left out.
-    shown = [name for name in FIGURES if any(row[name] is not None for row in rows)]
-    lines = [["way", *shown], *([row["way"], *(written(name, row[name]) for name in shown)] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [title]
-    for (way, *figures), note in zip(lines, ["", *(row["note"] for row in rows)], strict=True):
-        # A failed way has no figures, and its note needs the room.
-        cells = (
-            [note]
-            if note
-            else [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
-        )
-        text.append("  ".join([way.ljust(widths[0]), *cells]))
-    return "\n".join(text) + "\n"
+    return f"{title}\n{aligned('way', FIGURES, rows, FORMATS)}\n"
 
 
 def write(rows: list[Row], path: Path) -> None:

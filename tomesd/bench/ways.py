@@ -22,7 +22,7 @@ from ..partition import Grid
 from ..patch import apply_patch, patch_of
 from ..token_map import TokenMap
 from . import peers
-from .models import MODELS, Block, Setting, Site, finest, inputs
+from .models import Block, Setting, Site, finest, inputs
 
 Patch = Callable[[nn.Module, Setting], object]
 
@@ -129,7 +129,7 @@ def old_block(block: nn.Module, setting: Setting) -> None:
 
 def old_unet(unet: nn.Module, setting: Setting) -> None:
     old = peers.load("tomesd", alias="tomesd_0_1_3")
-    old.apply_patch(unet, setting.ratio, max_downsample=MODELS[setting.model].downsample)
+    old.apply_patch(unet, setting.ratio, max_downsample=setting.downsample)
 
 
 def old_needs(setting: Setting) -> int:
@@ -284,6 +284,12 @@ WAYS = {
         "tomesd with merge_stage=True: merged once for all blocks of a transformer",
         None,
         partial(merge_unet, **STAGE),
+        "ideal-stage",
+    ),
+    "stage-prop-attn": Way(
+        "the same with prop_attn=True",
+        None,
+        partial(merge_unet, **STAGE, prop_attn=True),
         "ideal-stage",
     ),
     "ideal-stage-4": Way(

