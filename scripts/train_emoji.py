@@ -54,6 +54,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+ATLAS_COLUMNS, ATLAS_CELL = 20, 64  # of names.png, in pictures and in pixels
 MAX_TOKENS = 16  # the longest caption is far shorter, and every token costs cross-attention time
 
 # One entry is "<emoji> <name>/<other name>/...".  Chosen to look different from one another and to have
@@ -740,7 +741,7 @@ def draw(
     guidance: float = 3.0,
     shrink: int = 1,
 ) -> list[Image.Image]:
-    """One picture per prompt; picture ``i`` starts from seed ``i``. Of means of latents where the UNet is of those."""
+    """One picture per prompt, of latents shrunk as in this stage; picture ``i`` starts from seed ``i``."""
     pictures: list[Image.Image] = []
     training = [m for m in (pipe.unet, pipe.text_encoder) if m.training]
     for m in training:
@@ -784,8 +785,8 @@ def draw_sheet(
     sheet.save(path)
 
 
-def save_pipeline(parts: Parts, folder: Path) -> int:
-    """Save in half precision; returns the size of the folder in bytes."""
+def save_pipeline(parts: Parts, folder: Path) -> None:
+    """Save in half precision."""
     modules = (parts.unet, parts.text_encoder, parts.vae)
     for m in modules:
         m.half()
@@ -795,7 +796,6 @@ def save_pipeline(parts: Parts, folder: Path) -> int:
     # transformers loads in the precision of this file, diffusers in float32: they have to agree
     config = folder / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
 CARD = """---
@@ -836,15 +836,19 @@ licence of the font.
     {command}
 
 On {device}: autoencoder {vae_steps:,} steps in {vae_seconds} s (loss {vae_loss}; {psnr:.1f} dB PSNR),
-UNet and text encoder {stages}, from the coarsest latents to all of them: {samples:,} samples (last loss {unet_loss}); seed
-{seed}, bfloat16 autocast: {precision}.  The schedule follows the clock, so another run gives other weights.
+UNet and text encoder {stages}, from the coarsest latents to all of them:
+{samples:,} samples (last loss {unet_loss}); seed {seed}, bfloat16 autocast: {precision}.  The schedule
+follows the clock, so another run gives other weights.
 
 ## What it can draw
 
-{count} things, under the names below (and "a ...", "a picture of a ...", "... emoji"), single ones also in other
-colours: {shown} combinations such as "purple dog face" were shown in training, {held} never, to see what it makes of
-them.  How often the right one is the nearest of all: `python scripts/nearest_name.py`.  It does not draw scenes,
-numbers of things or text.  At other sizes than {resolution} x {resolution} things repeat or melt together.
+{count} things, under the names below (and "a ...", "a picture of a ...", "... emoji").  Things that are not
+called by a colour are drawn in others, too: {shown} combinations such as "purple dog face" were shown in
+training, {held} never, to see what it makes of them.  It does not draw scenes, numbers of things or text.
+At other sizes than {resolution} x {resolution} things repeat or melt together.
+
+`names.png` shows all of them as they are in the font, in the order of `names.txt`; with it
+`python scripts/quality.py --prompts {count}` tells how often what is drawn is nearest to what was asked for.
 
 {names}
 
@@ -852,10 +856,17 @@ Never shown in training: {held_names}
 """
 
 
-def write_card(folder: Path, table: list[Emoji], facts: dict) -> None:
-    """README.md for people, names.txt for examples/generate.py."""
+def write_card(folder: Path, table: list[Emoji], pictures: list[Image.Image], facts: dict) -> None:
+    """README.md for people; names.txt and names.png, what each name looks like, for examples and benches."""
     (folder / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
-    (folder / "names.txt").write_text("".join(f"{n}\n" for e in table for n in e.names), encoding="utf-8")
+    lines = (" / ".join(e.names) + "\n" for e in table)
+    (folder / "names.txt").write_text("".join(lines), encoding="utf-8")
+    rows = math.ceil(len(table) / ATLAS_COLUMNS)
+    atlas = Image.new("RGB", (ATLAS_COLUMNS * ATLAS_CELL, rows * ATLAS_CELL), "white")
+    for i, picture in enumerate(pictures):
+        small = picture.resize((ATLAS_CELL, ATLAS_CELL), Image.Resampling.LANCZOS)
+        atlas.paste(small, (i % ATLAS_COLUMNS * ATLAS_CELL, i // ATLAS_COLUMNS * ATLAS_CELL))
+    atlas.quantize(256, dither=Image.Dither.NONE).save(folder / "names.png", optimize=True)
 
 
 def numbers(kind: type) -> Callable[[str], list]:
@@ -984,7 +995,7 @@ def make_vae(
         facts.update(train_vae(args, accelerator, vae, pixels))
         fold_latent_statistics(vae, encode(vae, pixels))
         torch.save({"vae": vae.state_dict(), "facts": facts}, checkpoint)
-    facts["psnr"] = psnr_of(vae, pixels)
+    facts["psnr"] = psnr_of(vae, pixels[:256])
     print(f"autoencoder: {facts['psnr']:.1f} dB PSNR", flush=True)
     return vae.eval().requires_grad_(False)
 
@@ -1022,14 +1033,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(
         f"{len(emoji)} emoji, {len(shown)} in other colours, {len(held)} held out; {len(latents)} latents of "
-        f"{tuple(latents.shape[1:])}, {len(tokenizer)} tokens; parameters: first unet {count_parameters(parts.unet):,}, "
-        f"text {count_parameters(parts.text_encoder):,}, vae {count_parameters(vae):,}",
+        f"{tuple(latents.shape[1:])}, {len(tokenizer)} tokens; parameters: "
+        f"first unet {count_parameters(parts.unet):,}, text {count_parameters(parts.text_encoder):,}, "
+        f"vae {count_parameters(vae):,}",
         flush=True,
     )
     done = train_unet(args, accelerator, parts, table, len(emoji), held, latents)
     parts.unet.eval()
     parts.text_encoder.eval()
-    size = save_pipeline(parts, args.out)
+    save_pipeline(parts, args.out)
     facts.update(
         resolution=args.resolution,
         unet_channels=", ".join(map(str, parts.unet.config.block_out_channels)),
@@ -1060,7 +1072,8 @@ def main(argv: list[str] | None = None) -> None:
         held_names=textwrap.fill(", ".join(e.names[0] for e in held) + ".", 108),
         names=textwrap.fill(", ".join(" / ".join(e.names) for e in emoji) + ".", 108),
     )
-    write_card(args.out, emoji, facts)
+    write_card(args.out, emoji, pictures[: len(emoji)], facts)
+    size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file())
     print(f"saved {args.out} ({size:,} bytes); logs and sheets in {args.work}", flush=True)
 
 

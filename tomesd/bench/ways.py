@@ -108,7 +108,7 @@ def merge_unet(unet: nn.Module, setting: Setting, **options: Any) -> None:
 
 def on_two_levels(patch: Callable[..., None], unet: nn.Module, setting: Setting, **options: Any) -> None:
     """Patches at the two finest levels that have attention."""
-    patch(unet, setting, max_downsample=2 * MODELS[setting.model].downsample, **options)
+    patch(unet, setting, max_downsample=2 * setting.downsample, **options)
 
 
 def reuse_block(block: nn.Module, setting: Setting) -> None:
