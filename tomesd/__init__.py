@@ -5,11 +5,13 @@ from .explain import Explanation, explain
 from .patch import apply_patch, patched, remove_patch
 from .token_map import TokenMap
 from .token_merger import TokenMerger
+from .trace import Plan, trace
 
 __version__ = "1.0.0.dev0"
 
 __all__ = [
     "Explanation",
+    "Plan",
     "TokenMap",
     "TokenMerger",
     "apply_patch",
@@ -17,4 +19,5 @@ __all__ = [
     "merge",
     "patched",
     "remove_patch",
+    "trace",
 ]
