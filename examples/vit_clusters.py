@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 import tomesd.vit as tome
-from tomesd import TokenMap
+from tomesd import TokenMap, vis
 
 PATCH = 14
 
@@ -51,13 +51,7 @@ def load(size: int, hub: bool) -> nn.Module:
 
 def rebuilt(image: Image.Image, merged: TokenMap) -> Image.Image:
     """The image with each patch replaced by the mean of its group's patches."""
-    pixels = torch.from_numpy(np.array(image)).float()
-    rows, columns = image.height // PATCH, image.width // PATCH
-    patches = pixels.unfold(0, PATCH, PATCH).unfold(1, PATCH, PATCH).flatten(0, 1)[None]  # [1, N, 3, P, P]
-    class_token = patches.new_zeros(1, 1, *patches.shape[2:])
-    mean = merged.unmerge(merged.merge(torch.cat([class_token, patches], 1)))[0, 1:]
-    grid = mean.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    return Image.fromarray(grid.round().to(torch.uint8).numpy())
+    return vis.rebuilt(image, merged, image.height // PATCH, image.width // PATCH)
 
 
 def main() -> None:

@@ -89,6 +89,36 @@ def test_a_photo_is_rebuilt_from_merged_patches():
     assert np.array_equal(two[:42], np.asarray(image)[:42])
 
 
+def test_clusters_are_drawn_at_the_steps_asked_for(tmp_path, capsys):
+    import unet_clusters
+
+    out = tmp_path / "clusters.png"
+    unet_clusters.main(["pizza", "--steps", "2", "--out", str(out)])
+    assert capsys.readouterr().out.strip() == str(out)
+    width, height = Image.open(out).size
+    assert width > 3 * 400  # the picture and both steps
+    assert height > 2 * 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--at", "2"], "--at has to be in 0..1, got [2]: there are 2 steps"),
+        (["--block", "7"], "no block 7 at level 1"),
+        (["--ratio", "2"], "ratio must be in [0, 1)"),
+        (["--out", "/nowhere/at/all.png"], "there is no folder /nowhere/at"),
+    ],
+)
+def test_mistakes_about_clusters_are_named(arguments, says, tmp_path, capsys):
+    import unet_clusters
+
+    call = ["pizza", "--steps", "2", "--out", str(tmp_path / "none.png"), *arguments]
+    with pytest.raises(SystemExit):
+        unet_clusters.main(call)
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_example_of_a_model_of_ones_own_learns():
     import token_merger
     import torch

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,12 @@ from .config import MergeConfig
 from .families import Family, Site, find_networks, find_sites
 from .hooks import Args, Argument, Kwargs, recompile
 from .layout import Layout, Memory
+from .partition import Grid
 from .token_map import TokenMap
 from .worth import Work, is_cross_attention, pays
+
+if TYPE_CHECKING:
+    from .trace import Recorder
 
 OWNER = "_tomesd"
 # Caches of diffusers that give attention's output of another step, which has other merged tokens.
@@ -219,6 +223,7 @@ class NetworkPatch:
         self.timestep: Tensor | float = 0
         self.layouts: dict[int, Layout] | None = None  # of the last forward, by level
         self.memory = Memory()
+        self.recorders: list[Recorder] = []
         self.arguments = Argument(network, family.timestep), Argument(network, family.text)
         self.handles: list[RemovableHandle] = [
             network.register_forward_pre_hook(self.begin, with_kwargs=True),
@@ -227,7 +232,12 @@ class NetworkPatch:
         for container in dict.fromkeys(site.container for site in sites):
             ContainerPatch(self, family, [site for site in sites if site.container is container])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "recorders": []}  # copies are not traced
+
     def begin(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        for recorder in self.recorders:
+            recorder.begin()
         timestep, text = (argument.get(args, kwargs) for argument in self.arguments)
         self.layouts = {}
         if self.config.reuse > 1 and not torch.compiler.is_compiling():
@@ -299,12 +309,13 @@ class ContainerPatch:
                 "remove_patch first"
             )
         config = self.owner.config
-        if work is not None and x.device.type != "meta":
-            # torch.compile may take the sides of an image as unknown; the answer is for these ones.
-            h, w, batch = index(grid.h), index(grid.w), index(x.shape[0])
-            if not pays(work, config, h, w, batch, x.dtype, x.device):
-                return TokenMap.identity(x.shape[1], x.device)
-        return self.owner.plan(x, call.layout)
+        if work is None or x.device.type == "meta" or _pays(work, config, grid, x):
+            token_map = self.owner.plan(x, call.layout)
+        else:
+            token_map = TokenMap.identity(x.shape[1], x.device)
+        for recorder in self.owner.recorders:
+            recorder.note(name, self.owner.timestep, grid, x.shape[0], token_map)
+        return token_map
 
 
 class BlockPatch:
@@ -473,6 +484,11 @@ class StagePatch:
                 "whole network, or remove_patch first"
             )
         return call.stage
+
+
+def _pays(work: Work, config: MergeConfig, grid: Grid, x: Tensor) -> bool:
+    # torch.compile may take the sides of an image as unknown; the answer is for these ones.
+    return pays(work, config, index(grid.h), index(grid.w), index(x.shape[0]), x.dtype, x.device)
 
 
 def _take_call(kwargs: Kwargs) -> tuple[Call | None, Kwargs]:

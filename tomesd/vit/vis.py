@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import colorsys
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..token_map import TokenMap
+from ..vis import paint, to_image
 
 if TYPE_CHECKING:
     from PIL import Image
-
-# Hues this share of the circle apart never come near each other (the golden ratio).
-HUE_STEP = 0.618034
 
 
 def make_visualization(
@@ -52,18 +48,7 @@ def make_visualization(
             f"the source has {index.shape[1]} tokens with class_token={class_token}"
         )
     groups = index[0, prefix:].cpu().unique(return_inverse=True)[1].view(rows, columns)
-    y = torch.arange(img.height) * rows // img.height
-    x = torch.arange(img.width) * columns // img.width
-    label = groups[y[:, None], x]  # [H, W]
-    pixels = torch.frombuffer(bytearray(img.convert("RGB").tobytes()), dtype=torch.uint8).view(
-        *label.shape, 3
-    )
-    count = int(label.max()) + 1
-    total = torch.zeros(count, 3).index_add(0, label.flatten(), pixels.flatten(0, 1).float())
-    mean = total / label.flatten().bincount(minlength=count)[:, None]
-    hues = [colorsys.hsv_to_rgb(i * HUE_STEP % 1, 0.8, 1.0) for i in range(count)]
-    painted = torch.where(_border(label)[..., None], 255 * torch.tensor(hues)[label], mean[label])
-    return Image.fromarray(painted.round().to(torch.uint8).numpy())
+    return to_image(paint(img, groups)[0])
 
 
 def _index(source: Tensor) -> Tensor:
@@ -72,15 +57,3 @@ def _index(source: Tensor) -> Tensor:
     if source.dim() != 3:
         raise ValueError(f"the source must be [1, M, N] or [M, N], got {list(source.shape)}")
     return source.argmax(dim=1)
-
-
-def _border(label: Tensor) -> Tensor:
-    """The pixels with a neighbour of another group, `[H, W]`."""
-    down = label[1:] != label[:-1]
-    right = label[:, 1:] != label[:, :-1]
-    border = torch.zeros_like(label, dtype=torch.bool)
-    border[1:] |= down
-    border[:-1] |= down
-    border[:, 1:] |= right
-    border[:, :-1] |= right
-    return border

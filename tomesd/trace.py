@@ -1,0 +1,111 @@
+"""trace: which tokens merged in each block, while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .families import find_networks, find_sites
+from .partition import Grid
+from .patch import patch_of
+from .token_map import TokenMap
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What one call of a block merged, or with `merge_stage` one call of a whole transformer.
+
+    Args:
+        block: its path, as in `explain`; with `merge_stage` that of the transformer's first block.
+        downsample: how many times smaller its image of tokens is than the latent image.
+        step: how often its network had been called before since the trace began. That is the step of the
+            denoising loop, where each step makes one call.
+        timestep: of the first sample.
+        h: height of the image in tokens.
+        w: width of the image in tokens.
+        map: which of the `h * w` tokens merged, on the CPU. Its samples are those of the call: in pipelines
+            with guidance first the unconditional ones, then as many conditional ones. `map.is_identity`
+            where `auto` left the block alone.
+    """
+
+    block: str
+    downsample: int
+    step: int
+    timestep: float
+    h: int
+    w: int
+    map: TokenMap
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.block} at downsample {self.downsample}, step {self.step}, timestep "
+            f"{self.timestep:g}: {self.map.tokens} -> {self.map.groups} of {self.h} x {self.w} tokens)"
+        )
+
+
+@contextmanager
+def trace(model: object, steps: Collection[int] | None = None) -> Iterator[list[Plan]]:
+    """`with trace(pipe) as plans: pipe("a cat")` lists what each block merged at each step.
+
+    The list grows while the block is open, in the order of the calls. Compiled code is run uncompiled
+    meanwhile (before torch 2.6: compiled anew), as it holds no plan that could be read.
+
+    Args:
+        model: what was given to `apply_patch`.
+        steps: the steps to keep, counted from 0; by default all of them. A plan takes 12 bytes for each
+            token and sample at ratio 0.5.
+
+    Raises:
+        TypeError: the model is neither module nor pipeline, or `steps` is a single number.
+        ValueError: it holds no network of a known family, or none that is patched; a negative step.
+    """
+    if isinstance(steps, int):
+        raise TypeError(f"steps must be several, such as [{steps}], got {steps}")
+    if steps is not None and any(step < 0 for step in steps):
+        raise ValueError(f"steps are counted from 0, got {sorted(steps)}")
+    plans: list[Plan] = []
+    networks = find_networks(model)
+    recorders = []
+    for prefix, network, family in networks:
+        owner = patch_of(network)
+        if owner is not None:
+            sites = {site.name: site.downsample for site in find_sites(network, family)}
+            recorders.append((owner, Recorder(prefix, sites, steps, plans)))
+    if not recorders:
+        kinds = ", ".join(type(network).__name__ for _, network, _ in networks)
+        raise ValueError(f"nothing merges in {kinds}: apply_patch comes first")
+    with ExitStack() as stack:
+        if hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for owner, recorder in recorders:
+            owner.recorders.append(recorder)
+            stack.callback(owner.recorders.remove, recorder)
+        yield plans
+
+
+class Recorder:
+    """Notes the plans of one network."""
+
+    def __init__(
+        self, prefix: str, downsample: dict[str, int], steps: Collection[int] | None, plans: list[Plan]
+    ) -> None:
+        self.prefix = f"{prefix}." if prefix else ""
+        self.downsample = downsample
+        self.steps = steps
+        self.plans = plans
+        self.step = -1
+
+    def begin(self) -> None:
+        self.step += 1
+
+    def note(self, name: str, timestep: Tensor | float, grid: Grid, batch: int, token_map: TokenMap) -> None:
+        if self.steps is not None and self.step not in self.steps:
+            return
+        number = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+        kept = TokenMap(*(part.expand(batch, -1).cpu() for part in (token_map.index, token_map.keep)))
+        block = self.prefix + name
+        self.plans.append(Plan(block, self.downsample[name], self.step, number, grid.h, grid.w, kept))
