@@ -102,7 +102,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--keys-only",
         action="store_true",
-        help="merge keys and values of self-attention alone: nearer, use it with --ratio 0.75",
+        help="let self-attention look at a sample of the tokens instead of merging them: nearer to plain",
     )
     p.add_argument("--auto", action="store_true", help="leave blocks alone where merging would be slower")
     p.add_argument("--compare", action="store_true", help="draw plain and merged side by side, with times")
@@ -185,11 +185,11 @@ def need(module: str) -> Any:
         ) from None
 
 
-def check_ratio(ratio: float) -> None:
+def check_ratio(ratio: float, **options: Any) -> None:
     """Let tomesd judge the ratio before a model is loaded."""
     config = need("tomesd.config")
     try:
-        config.MergeConfig(ratio=ratio)
+        config.MergeConfig(ratio=ratio, **options)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
 
@@ -259,7 +259,7 @@ def hint_unknown_things(args: argparse.Namespace) -> None:
     names = EMOJI_MODEL / "names.txt"
     if not args.shipped or not names.is_file():
         return
-    known = names.read_text(encoding="utf-8").split("\n")
+    known = names.read_text(encoding="utf-8").replace("\n", " / ").split(" / ")
     for prompt in args.prompts:
         text = f" {' '.join(re.findall(r'[a-z]+', prompt.lower()))} "
         if not any(name and f" {name} " in text for name in known):
@@ -488,7 +488,7 @@ def out_of_memory(error: BaseException) -> bool:
 def run(args: argparse.Namespace) -> None:
     check_cheap(args)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints concern parts that we do not use
-    check_ratio(args.ratio)
+    check_ratio(args.ratio, keys_only=args.keys_only, merge_stage=args.stage)
     need("PIL.Image")
     if args.compare:
         need("matplotlib.figure")

@@ -8,10 +8,10 @@
 
 A model draws well at the size that it was trained at, and repeats things at larger ones.  So the picture is
 drawn at about that size, upscaled, and refined at the size asked for by img2img: most of the time goes there,
-and there tokens are merged.  ``--direct`` draws at once at the size asked for.
+and there tomesd is at work.  ``--direct`` draws at once at the size asked for.
 
-Three of four tokens merge, at the two finest levels with attention. TFLOPs of a step with both guidance
-halves, and GiB that it needs beside the weights, as ``scripts/count_unet.py`` counts them:
+At the two finest levels with attention every token looks at one of 16 others.  TFLOPs of a step with both
+guidance halves, and GiB that it needs beside the weights, as ``scripts/count_unet.py`` counts them:
 
                                  SD 1.5, 3840x2176     SDXL, 4096x4096
     plain                             292   4.1             576   4.9
@@ -19,8 +19,9 @@ halves, and GiB that it needs beside the weights, as ``scripts/count_unet.py`` c
     this                               60   4.1             193   4.9
     this with --merge-stage            55   2.2             113   4.4
 
-Self-attention alone merges, which strays least from the plain picture.  With ``--merge-stage`` all parts of a
-transformer run on merged tokens: take it for SDXL, where these weigh more, and where memory is short.
+Self-attention alone, with keys_only, strays least from the plain picture.  With ``--merge-stage`` three of
+four tokens merge, for all parts of a transformer: take it for SDXL, where these weigh more, and where memory
+is short.
 
 ``bash scripts/bench_gpu.sh outputs/gpu 4k`` measures steps alone on a GPU, tomesd 0.1.3 among them.
 """
@@ -116,7 +117,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
     p.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
     p.add_argument(
-        "--ratio", type=float, default=0.75, help="share of tokens to merge, 0 for none (default: 0.75)"
+        "--ratio", type=float, default=0.75, help="share of tokens to save, 0 for none (default: 0.75)"
     )
     p.add_argument(
         "--merge-stage",
@@ -168,7 +169,7 @@ def check_cheap(args: argparse.Namespace) -> None:
         raise UserError(
             f"--steps {args.steps} times --strength {args.strength} leaves no step to refine in: raise one"
         )
-    generate.check_ratio(args.ratio)
+    generate.check_ratio(args.ratio, keys_only=not args.merge_stage)
 
 
 def random_pipeline(device: Any, dtype: Any) -> Any:
@@ -326,6 +327,7 @@ def patch(args: argparse.Namespace, pipe: Any) -> None:
             args.ratio,
             args.max_downsample or min(8, 2 * finest),
             merge_stage=args.merge_stage,
+            keys_only=not args.merge_stage,
         )
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None

@@ -19,7 +19,7 @@ part() {
         sdxl) bench --csv "$folder/sdxl.csv" --level unet --model sdxl --sizes 1024 2048 4096 ;;
         4k)
             bench --csv "$folder/4k.csv" --level unet --sizes 3840x2176 --ratios 0.5 0.75 --rounds 5 \
-                --ways tomesd-0.1.3 ideal windowed ideal-4k 4k ideal-4k-stage 4k-stage
+                --ways tomesd-0.1.3 ideal windowed keys 4k ideal-4k-stage 4k-stage
             $python/../examples/generate_4k.py --random --compare --out "$folder"
             $python/../examples/generate_4k.py --random --merge-stage --out "$folder"
             ;;

@@ -3,10 +3,10 @@
     python scripts/torchvision_ops.py scripts/step_4k.py                    many minutes on two cores
     python scripts/torchvision_ops.py scripts/step_4k.py --latents 64x64    a moment
 
-Plain, tomesd as it comes, the setting of examples/generate_4k.py and tomesd 0.1.3, in turns: seconds (the
-least of all rounds), the memory that a step adds, and how far its output is from plain's. Then the memory
-that one plan adds to the tokens of the finest level. tomesd 0.1.3 is left out where its similarities do not
-fit.
+Plain, tomesd as it comes and with keys_only=True, the settings of examples/generate_4k.py and tomesd 0.1.3,
+in turns: seconds (the least of all rounds), the memory that a step adds, and how far its output is from
+plain's. Then the memory that one plan adds to the tokens of the finest level. tomesd 0.1.3 is left out where
+its similarities do not fit.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def old(unet: nn.Module) -> None:
 WAYS: dict[str, Callable[[nn.Module], object]] = {
     "plain": lambda unet: None,
     "default": tomesd.apply_patch,
-    "4k": lambda unet: tomesd.apply_patch(unet, 0.75, 2),
+    "keys_only": lambda unet: tomesd.apply_patch(unet, keys_only=True),
+    "4k": lambda unet: tomesd.apply_patch(unet, 0.75, 2, keys_only=True),
     "4k, merge_stage": lambda unet: tomesd.apply_patch(unet, 0.75, 2, merge_stage=True),
     "tomesd 0.1.3": old,
 }

@@ -1000,6 +1000,18 @@ def make_vae(
     return vae.eval().requires_grad_(False)
 
 
+def make_latents(args: argparse.Namespace, vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """The latents of all pictures, from their file when there is one to resume from."""
+    file = args.work / "latents.pt"
+    if args.resume and file.exists():
+        latents = torch.load(file, weights_only=True)
+        if len(latents) == len(pixels):
+            return latents
+    latents = encode(vae, pixels)
+    torch.save(latents.cpu(), file)
+    return latents
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.threads:
@@ -1019,7 +1031,7 @@ def main(argv: list[str] | None = None) -> None:
     versions = to_tensor([p if k == 0 else jittered(p, rng) for p in pictures for k in range(args.variants)])
     facts: dict = {}
     vae = make_vae(args, accelerator, pixels, facts)
-    latents = encode(vae, versions)
+    latents = make_latents(args, vae, versions)
 
     set_seed(args.seed + 1)  # the same start whether the autoencoder was trained now or loaded
     tokenizer = build_tokenizer([c for e in [*table, *held] for c in e.captions()])

@@ -151,14 +151,14 @@ def test_samples_of_keys_are_even_new_in_each_step_and_the_same_for_all_blocks()
     assert torch.equal(*fixed)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.25, 0.5, 0.6, 0.75])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.25, 0.5, 0.6, 0.75, 0.9])
 @pytest.mark.parametrize(("h", "w"), [(16, 16), (17, 23), (8, 24), (1, 7), (3, 3)])
 def test_a_sample_leaves_the_products_that_merging_leaves(h, w, ratio):
     unet = tiny.small_unet()
     tomesd.apply_patch(unet, ratio, keys_only=True)
     config = unet._tomesd.config
     token_map = Layout.of(torch.zeros(1, 4, h, w), config, 3).keys
-    merged = h * w - Grid(h, w).r(ratio)
+    merged = h * w - int(ratio * h * w)
     assert token_map.groups == max(1, round(merged**2 / (h * w)))
     assert torch.equal(token_map.index.gather(1, token_map.keep)[0], torch.arange(token_map.groups))
     # In every part of the image about as many are left as in every other.
@@ -194,6 +194,8 @@ def test_keys_only_goes_with_merging_other_parts():
     assert shapes == [128]
     for one, other in itertools.combinations([plain, *outputs], 2):
         assert not torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"ratio 0\.9 is above 0\.75"):
+        tomesd.apply_patch(unet, 0.9, keys_only=True, merge_mlp=True)
 
 
 def test_proportional_attention_is_exact_where_equal_tokens_merge():

@@ -183,7 +183,7 @@ def test_pipelines_that_need_more_than_a_prompt_say_so(tmp_path):
     [
         (["--ways", "magic"], "invalid choice: 'magic'"),
         (["--ways", "ideal"], "invalid choice: 'ideal'"),
-        (["--ratios", "0.8"], "0.8 must be above 0 and at most 0.75"),
+        (["--ratios", "1"], "1 must be above 0 and below 1"),
         (["--prompts", "10000"], "--prompts: 10000, where there are"),
         (["--prompts-file", "no/where.txt"], "--prompts-file: [Errno 2] No such file"),
         (["--model", "tests"], "tests has no names.txt to take prompts from: give a --prompts-file"),

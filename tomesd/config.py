@@ -59,7 +59,7 @@ class MergeConfig:
         for name in ("sx", "sy"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.ratio > self.max_ratio:
+        if self.ratio > self.max_ratio and self.matches:
             raise ValueError(
                 f"ratio {self.ratio} is above {self.max_ratio:g}, the most that one dst in each "
                 f"{self.sx} x {self.sy} cell allows (1 - 1 / (sx * sy)): lower it or raise sx or sy"

@@ -70,9 +70,9 @@ class Layout:
 
 
 def keys_left(grid: Grid, ratio: float) -> int:
-    """How many keys leave as many products with all queries as merging a share `ratio` of both would."""
+    """How many keys have as many products with all queries as tokens would have after merging this share."""
     n = grid.h * grid.w
-    return max(1, round((n - grid.r(ratio)) ** 2 / n))
+    return max(1, round((n - int(ratio * n)) ** 2 / n))
 
 
 def thinned(grid: Grid, config: MergeConfig, timestep: Tensor | float, device: torch.device) -> TokenMap:

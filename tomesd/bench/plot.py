@@ -31,7 +31,7 @@ COLOURS = {
     **{"ideal": "C0", "windowed": "C0", "reuse": "C2", "prop-attn": "C3", "keys": "k"},
     **{"ideal-stage": "C1", "stage": "C1", "ideal-stage-4": "C3", "stage-4": "C3"},
     "stage-prop-attn": "gold",
-    **{"ideal-4k": "darkgreen", "4k": "darkgreen"},
+    "4k": "darkgreen",
     **{"ideal-4k-stage": "saddlebrown", "4k-stage": "saddlebrown"},
     **{"all-levels": "C7", "auto": "C8"},
     **{"todo": "C4", "hypertile": "C6"},

@@ -105,8 +105,8 @@ def size(text: str) -> tuple[int, int]:
 
 def ratio(text: str) -> float:
     value = float(text)
-    if not 0 < value <= 0.75:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 0.75")
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and below 1")
     return value
 
 

@@ -301,14 +301,10 @@ WAYS = {
         partial(merge_unet, **STAGE_4),
         "ideal-stage-4",
     ),
-    "ideal-4k": Way(
-        "as ideal, at the two finest levels", None, partial(on_two_levels, slice_unet), "ideal-4k"
-    ),
     "4k": Way(
-        "tomesd at the two finest levels, as in examples/generate_4k.py: with --ratios 0.75",
+        "tomesd with keys_only=True at the two finest levels, as in examples/generate_4k.py",
         None,
-        partial(on_two_levels, merge_unet),
-        "ideal-4k",
+        partial(on_two_levels, merge_unet, keys_only=True),
     ),
     "ideal-4k-stage": Way(
         "as ideal-stage, at the two finest levels",
@@ -317,7 +313,7 @@ WAYS = {
         "ideal-4k-stage",
     ),
     "4k-stage": Way(
-        "as 4k, with merge_stage=True",
+        "at the two finest levels with merge_stage=True, as in examples/generate_4k.py --merge-stage",
         None,
         partial(on_two_levels, merge_unet, **STAGE),
         "ideal-4k-stage",
