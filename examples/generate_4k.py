@@ -1,4 +1,4 @@
-"""Draw a picture of 3840x2176 pixels, its similar tokens merged by tomesd.
+"""Draw a picture of 3840x2176 pixels, with a fraction of the attention.
 
     python examples/generate_4k.py "a harbour at sunrise"        # Stable Diffusion 1.5 from the hub
     python examples/generate_4k.py "a harbour at sunrise" --size 4096 --merge-stage \\
@@ -92,7 +92,7 @@ class Stage:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description="Draw a 4K picture with a Stable Diffusion pipeline: at the model's own size, then "
-        "upscaled and refined by img2img with its similar tokens merged by tomesd.",
+        "upscaled and refined by img2img with most of its attention saved by tomesd.",
         epilog=f"Without --model it is {MODEL}, from the Hugging Face Hub.",
     )
     p.add_argument("prompt", nargs="?", help="what to draw, in quotes")
@@ -128,9 +128,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--max-downsample",
         type=int,
         choices=(1, 2, 4, 8),
-        help="merge at levels up to this one (default: the two finest with attention)",
+        help="save at levels up to this one (default: the two finest with attention)",
     )
-    p.add_argument("--compare", action="store_true", help="do the last stage without merging as well")
+    p.add_argument("--compare", action="store_true", help="do the last stage without tomesd as well")
     p.add_argument("--seed", type=int, default=0, help="seed of the picture (default: 0)")
     p.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: the best there is)"

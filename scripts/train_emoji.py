@@ -118,7 +118,7 @@ TEMPLATES = ("a {}", "a picture of a {}", "a photo of a {}", "an emoji of a {}",
 
 # Hues in degrees, as words.
 HUES = {"red": 0, "orange": 28, "yellow": 52, "green": 120, "blue": 215, "purple": 280, "pink": 330}
-COLOURS = {*HUES, "white", "black", "brown", "pink", "rainbow", "gold"}
+COLOURS = {*HUES, "white", "black", "brown", "rainbow", "gold"}
 HELD_OUT = 5  # one in so many combinations of thing and colour is not shown in training
 
 
@@ -286,7 +286,9 @@ def build_vae(channels: list[int], resolution: int) -> AutoencoderKL:
     )
 
 
-def build_unet(channels: list[int], latent_size: int, text_width: int) -> UNet2DConditionModel:
+def build_unet(
+    channels: list[int], latent_size: int, text_width: int, heads: list[int] | None = None
+) -> UNet2DConditionModel:
     """A Stable Diffusion UNet with attention at every resolution, the finest included."""
     return UNet2DConditionModel(
         sample_size=latent_size,
@@ -296,7 +298,7 @@ def build_unet(channels: list[int], latent_size: int, text_width: int) -> UNet2D
         layers_per_block=1,
         # diffusers calls the number of heads attention_head_dim; few heads at the finest level, where
         # attention over all positions is dear
-        attention_head_dim=[max(1, c // (64 if i == 0 else 32)) for i, c in enumerate(channels)],
+        attention_head_dim=heads or [max(1, c // (64 if i == 0 else 32)) for i, c in enumerate(channels)],
         cross_attention_dim=text_width,
         norm_num_groups=16,
         use_linear_projection=True,
@@ -315,7 +317,10 @@ def grown(small: UNet2DConditionModel) -> UNet2DConditionModel:
     """
     config = small.config
     first, *rest = config.block_out_channels
-    large = build_unet([first, first, *rest], 2 * config.sample_size, config.cross_attention_dim)
+    heads = config.attention_head_dim
+    large = build_unet(
+        [first, first, *rest], 2 * config.sample_size, config.cross_attention_dim, [heads[0], *heads]
+    )
     weights = {}
     for name, value in small.state_dict().items():
         if name.startswith("down_blocks."):
@@ -616,14 +621,14 @@ def train_unet(
     state = None
     if args.resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if state["stages"] != len(args.minutes):
+            raise UserError(f"{checkpoint} is of {state['stages']} stages: give --minutes for as many")
     done: list[tuple[int, float]] = state["done"] if state else []
-    if len(done) >= len(args.minutes):
-        raise UserError(f"{checkpoint} is at stage {len(done) + 1}: give --minutes for as many")
     sampler = CaptionSampler(table, plain, held, parts.tokenizer, len(latents) // len(table), args)
     log = Log(args.work / "unet.csv", append=state is not None)
     for stage in range(len(args.minutes)):
         if stage > 0:
-            parts.unet = grown(parts.unet)
+            parts.unet = grown(parts.unet.cpu())
         if stage >= len(done):
             parts.unet.to(accelerator.device)
             done.append(train_stage(args, accelerator, parts, sampler, latents, done, log, state))
@@ -694,7 +699,7 @@ def train_stage(
         bar.update(int(100 * clock.progress) - bar.n)
         if clock.seconds > next_save or clock.progress >= 1:
             next_save = clock.seconds + 60 * args.save_minutes
-            save_state(checkpoint, parts, optimizer, ema, clock, done)
+            save_state(checkpoint, parts, optimizer, ema, clock, done, len(args.minutes))
     bar.close()
     ema.swap()
     prompts = sheet_prompts(sampler)
@@ -718,6 +723,7 @@ def save_state(
     ema: Ema,
     clock: Clock,
     done: list[tuple[int, float]],
+    stages: int,
 ) -> None:
     """Write a checkpoint to go on from, whole or not at all."""
     state = {
@@ -728,6 +734,7 @@ def save_state(
         "step": clock.step,
         "seconds": clock.seconds,
         "done": done,
+        "stages": stages,
     }
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
@@ -1003,9 +1010,10 @@ def make_vae(
 def make_latents(args: argparse.Namespace, vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """The latents of all pictures, from their file when there is one to resume from."""
     file = args.work / "latents.pt"
+    scale = 2 ** (len(args.vae_channels) - 1)
     if args.resume and file.exists():
         latents = torch.load(file, weights_only=True)
-        if len(latents) == len(pixels):
+        if len(latents) == len(pixels) and latents.shape[-1] == pixels.shape[-1] // scale:
             return latents
     latents = encode(vae, pixels)
     torch.save(latents.cpu(), file)
@@ -1020,6 +1028,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     set_seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
+    if not args.resume:  # or a later --resume would go on from a run before this one
+        for name in ("vae.pt", "latents.pt", "unet.pt"):
+            (args.work / name).unlink(missing_ok=True)
 
     font = EmojiFont(args.font)
     emoji = emoji_table()[: args.limit]

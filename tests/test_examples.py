@@ -20,9 +20,9 @@ def test_compare_draws_what_it_is_asked_for_plain_and_merged(tmp_path, capsys):
     for kind in ("plain", "merged"):
         for name, channel in (("red-apple", 0), ("blue-heart", 2)):
             picture = pixels(tmp_path / f"{name}-3-{kind}.png")
-            assert picture.shape == (64, 64, 3)
-            assert picture[:3].mean() > 235  # on white
-            middle = picture[28:40, 24:40].mean((0, 1))
+            assert picture.shape == (128, 128, 3)
+            assert picture[:6].mean() > 235  # on white
+            middle = picture[56:80, 48:80].mean((0, 1))
             assert middle.argmax() == channel
             assert middle[channel] > 2 * np.delete(middle, channel).mean()
     difference = pixels(tmp_path / "red-apple-3-plain.png") - pixels(tmp_path / "red-apple-3-merged.png")
@@ -68,8 +68,8 @@ def test_the_shipped_model_is_explained():
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(generate.EMOJI_MODEL)
     tomesd.apply_patch(pipe)
     table = tomesd.explain(pipe)
-    assert (table.height, table.width) == (64, 64)
-    assert [(row.before, row.after) for row in table.rows if row.left_alone is None] == [(256, 128)] * 3
+    assert (table.height, table.width) == (128, 128)
+    assert [(row.before, row.after) for row in table.rows if row.left_alone is None] == [(4096, 2048)] * 3
 
 
 def test_a_photo_is_rebuilt_from_merged_patches():

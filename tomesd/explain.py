@@ -20,7 +20,10 @@ BATCH = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One transformer block: its tokens before and after merging, and the share of its FLOPs saved."""
+    """One transformer block: its tokens before and after merging, and the share of its FLOPs saved.
+
+    With `keys_only` alone `after` are the keys that are left.
+    """
 
     name: str
     downsample: int

@@ -81,7 +81,7 @@ def apply_patch(
         reuse: how long a plan lasts. 0: each block makes its own; 1: all blocks of one size share one in a
             step; k: for k steps of a denoising loop whose timesteps are views of one tensor and whose text is
             the same object in each step, as in pipelines of diffusers; else, and when compiled, for one step.
-        auto: leave blocks alone where merging would be slower, which is measured once for each shape of
+        auto: leave blocks alone where this would be slower, which is measured once for each shape of
             tokens, in about a second; `explain` tells. So the picture may depend on the machine.
         prop_attn: proportional attention (Bolya et al., 2023): let each key of self-attention count as often
             as tokens have merged into it. Nearer to the plain picture, but no longer what tomesd 0.1.3 draws.
@@ -127,6 +127,12 @@ def apply_patch(
                 "prop_attn needs: patch without it"
             )
         if sites and not chosen:
+            unfit = {unfitness(site, config) for site in sites}
+            if None not in unfit:
+                raise ValueError(
+                    f"nothing to merge in {name or type(network).__name__}: each of its transformer blocks "
+                    f"{' or '.join(sorted(map(str, unfit)))}"
+                )
             levels = ", ".join(str(level) for level in sorted({site.downsample for site in sites}))
             raise ValueError(
                 f"nothing to merge in {name or type(network).__name__} with max_downsample={max_downsample}: "
@@ -178,15 +184,21 @@ def left_alone(site: Site, sites: list[Site], config: MergeConfig) -> str | None
     """Why a block of a network with these `sites` is not merged, or None if it is."""
     limit = config.max_downsample
     if limit is None:
-        limit = min(other.downsample for other in sites)
+        fit = [other.downsample for other in sites if unfitness(other, config) is None]
+        limit = min(fit, default=site.downsample)
     if site.downsample > limit:
         return f"downsample {site.downsample} > max_downsample {limit}"
+    return unfitness(site, config)
+
+
+def unfitness(site: Site, config: MergeConfig) -> str | None:
+    """What a block lacks to be merged at any level, or None."""
     if getattr(site.block, "norm1", None) is None or getattr(site.block, "attn1", None) is None:
         return "has no norm1 and attn1 to plan at"
     if not any(getattr(site.block, part, None) is not None for part in config.parts):
         return f"has no {' or '.join(config.parts)}"
     if config.keys_only and config.parts == ("attn1",) and is_cross_attention(site.block, "attn1"):
-        return "its attn1 has the keys of the text"
+        return "has the keys of the text in attn1"
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -27,9 +27,10 @@ class Plan:
         timestep: of the first sample.
         h: height of the image in tokens.
         w: width of the image in tokens.
-        map: which of the `h * w` tokens merged, on the CPU. Its samples are those of the call: in pipelines
-            with guidance first the unconditional ones, then as many conditional ones. `map.is_identity`
-            where `auto` left the block alone.
+        map: which of the `h * w` tokens merged, on the CPU. With `keys_only` alone nothing merges: its `keep`
+            are the tokens that all look at, and each other one is listed with one of its cell. Its samples
+            are those of the call: in pipelines with guidance first the unconditional ones, then as many
+            conditional ones. `map.is_identity` where `auto` left the block alone.
     """
 
     block: str
@@ -48,11 +49,12 @@ class Plan:
 
 
 @contextmanager
-def trace(model: object, steps: Collection[int] | None = None) -> Iterator[list[Plan]]:
+def trace(model: object, steps: Iterable[int] | None = None) -> Iterator[list[Plan]]:
     """`with trace(pipe) as plans: pipe("a cat")` lists what each block merged at each step.
 
     The list grows while the block is open, in the order of the calls. Compiled code is run uncompiled
-    meanwhile (before torch 2.6: compiled anew), as it holds no plan that could be read.
+    meanwhile (before torch 2.6: compiled anew), as it holds no plan that could be read. A model that is
+    patched anew meanwhile is not traced any more.
 
     Args:
         model: what was given to `apply_patch`.
@@ -65,6 +67,7 @@ def trace(model: object, steps: Collection[int] | None = None) -> Iterator[list[
     """
     if isinstance(steps, int):
         raise TypeError(f"steps must be several, such as [{steps}], got {steps}")
+    steps = None if steps is None else set(steps)
     if steps is not None and any(step < 0 for step in steps):
         raise ValueError(f"steps are counted from 0, got {sorted(steps)}")
     plans: list[Plan] = []

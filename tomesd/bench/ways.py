@@ -81,6 +81,7 @@ class Pair(NamedTuple):
 
 def slice_block(block: nn.Module, setting: Setting) -> None:
     assert isinstance(block, Block)
+    MergeConfig(setting.ratio)  # refuses what would be cut to the most that merges
     grid = Grid(*setting.finest)
     block.plan = lambda x: Sliced(x.shape[1], grid.r(setting.ratio))
 
@@ -120,6 +121,7 @@ def reuse_block(block: nn.Module, setting: Setting) -> None:
 
 def old_block(block: nn.Module, setting: Setting) -> None:
     assert isinstance(block, Block)
+    MergeConfig(setting.ratio)  # as above
     match = peers.load("tomesd", alias="tomesd_0_1_3").merge.bipartite_soft_matching_random2d
     generator = torch.Generator(setting.device).manual_seed(0)
     h, w = setting.finest
@@ -128,6 +130,7 @@ def old_block(block: nn.Module, setting: Setting) -> None:
 
 
 def old_unet(unet: nn.Module, setting: Setting) -> None:
+    MergeConfig(setting.ratio)  # as above
     old = peers.load("tomesd", alias="tomesd_0_1_3")
     old.apply_patch(unet, setting.ratio, max_downsample=setting.downsample)
 
