@@ -16,7 +16,7 @@ guidance halves, and GiB that it needs beside the weights, as ``scripts/count_un
                                  SD 1.5, 3840x2176     SDXL, 4096x4096
     plain                             292   4.1             576   4.9
     tomesd as it comes                128   4.1             409   4.9
-    this                               60   4.1             193   4.9
+    this                               61   4.1             201   4.9
     this with --merge-stage            55   2.2             113   4.4
 
 Self-attention alone, with keys_only, strays least from the plain picture.  With ``--merge-stage`` three of

@@ -25,6 +25,8 @@ EQUAL = 120.0
 SIDE, MEAN, STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Side of a picture in an atlas, in pixels.
 CELL = 64
+# How many of the nearest references may be the right one.
+FIRST = (1, 5)
 # The file that torchvision downloads for the backbone of LPIPS.
 ALEXNET = "alexnet-*.pth"
 
@@ -151,6 +153,12 @@ def nearest(features: Floats, references: Floats, own: list[int], first: int) ->
     return float((order == np.array(own)[:, None]).any(1).mean())
 
 
+def shapes(pictures: Pictures) -> Floats:
+    """Colours on 16 x 16 squares, as they differ from white, which names go by as well: `[n, 768]`."""
+    small = F.interpolate(unit(pictures, "cpu"), size=(16, 16), mode="area")
+    return np.asarray((1 - small).flatten(1), np.float64) + 1e-9  # a white picture has no direction
+
+
 def read_names(folder: Path) -> list[list[str]]:
     """What a model can draw, by its `names.txt`: a line for each thing, its names apart by " / "."""
     text = (folder / "names.txt").read_text(encoding="utf-8")
@@ -191,15 +199,15 @@ class Measures:
         self.missing: dict[str, str] = {}
         self.lpips: Lpips | None = None
         self.dino: Dino | None = None
-        self.references: Floats | None = None
+        self.references: dict[str, Floats] = {}  # by the column that they are for
         self.shown: list[int] = []  # pictures of things that have a reference
         self.own: list[int] = []  # and these references
         with self.without("lpips"):
             self.lpips = Lpips(device)
-        with self.without("dinov2_cosine", "fd_dinov2", "name_top1", "name_top5"):
+        with self.without("dinov2_cosine", "fd_dinov2"):
             self.dino = Dino(device, kept)
-            with self.without("name_top1", "name_top5"):
-                self.read(model, prompts)
+        with self.without(*(f"{name}_top{first}" for name in ("name", "shape") for first in FIRST)):
+            self.read(model, prompts)
 
     @contextlib.contextmanager
     def without(self, *columns: str) -> Iterator[None]:
@@ -219,8 +227,9 @@ class Measures:
         self.own = [where[prompts[i]] for i in self.shown]
         if not self.own:
             raise Missing("no prompt is a name of names.txt")
-        assert self.dino is not None
-        self.references = self.dino(atlas)
+        self.references["shape"] = shapes(atlas)
+        if self.dino is not None:
+            self.references["name"] = self.dino(atlas)
 
     def __call__(self, pictures: Pictures, plain: Pictures | None) -> dict[str, float | None]:
         """The figures of pictures; without plain ones, only those that need none."""
@@ -235,8 +244,9 @@ class Measures:
                 others = self.dino(plain)
                 row["dinov2_cosine"] = float(cosine(features, others).mean())
                 row["fd_dinov2"] = frechet(features, others)
-        if self.references is not None and features is not None:
-            for first in (1, 5):
-                found = nearest(features[self.shown], self.references, self.own, first)
-                row[f"name_top{first}"] = found
+        for name, references in self.references.items():
+            own = shapes(pictures) if name == "shape" else features
+            assert own is not None
+            for first in FIRST:
+                row[f"{name}_top{first}"] = nearest(own[self.shown], references, self.own, first)
         return row

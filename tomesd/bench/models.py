@@ -89,6 +89,8 @@ class Setting:
         scale: pixels for each latent pixel, along a side.
         downsample: how many times smaller than the latent image is the finest self-attention; the model's
             unless given.
+        max_downsample: ways that do not say where they are at work are so at levels up to this one; the
+            finest unless given.
     """
 
     level: str
@@ -101,10 +103,13 @@ class Setting:
     device: str
     scale: int = 8
     downsample: int = 0
+    max_downsample: int = 0
 
     def __post_init__(self) -> None:
         if not self.downsample:
             object.__setattr__(self, "downsample", MODELS[self.model].downsample)
+        if not self.max_downsample:
+            object.__setattr__(self, "max_downsample", self.downsample)
 
     @property
     def latent(self) -> tuple[int, int]:
@@ -160,17 +165,14 @@ class Site:
 
 
 def finest(network: nn.Module, setting: Setting) -> list[Site]:
-    """The self-attentions of a network at the finest level that has some."""
+    """The self-attentions of a network at the finest level that has some, or at all that the setting says."""
     if isinstance(network, Block):
         return [Site(network.attn1, network, *setting.finest)]
     ((_, unet, family),) = find_networks(network)
-    sites = list(find_sites(unet, family))
-    least = min(site.downsample for site in sites)
-    image = setting.image(least)
     return [
-        Site(site.block.get_submodule("attn1"), site.container, *image)
-        for site in sites
-        if site.downsample == least
+        Site(site.block.get_submodule("attn1"), site.container, *setting.image(site.downsample))
+        for site in find_sites(unet, family)
+        if site.downsample <= setting.max_downsample
     ]
 
 

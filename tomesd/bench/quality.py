@@ -22,6 +22,7 @@ users forget to compare with is fewer-steps: plain, with that many steps. Column
                     al., 2023). Of fewer than thousands of pictures it ranks the points and no more
     name_top1, 5    share of pictures whose own reference is the nearest, among the 5 nearest, by these
                     tokens, if the folder of the model has references: names.png, and names.txt for them
+    shape_top1, 5   the same by colours on 16 x 16 squares
 
 What was drawn and measured is kept, so a run that was stopped goes on where it was. A point that fails has a
 note that says why, and the others go on.
@@ -46,6 +47,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import DOWNSAMPLES
 from ..families import find_networks, find_sites
 from . import memory, metrics, peers
 from .metrics import Floats, Measures, Pictures
@@ -72,7 +74,7 @@ QUICK: Row = {"prompts": 4, "steps": 5, "ways": ["windowed", "keys", FEWER], "ra
 FORMATS = {
     **{"seconds": "#.3g", "speed": ".2f", "peak_mib": ".0f", "step_error": ".4f", "guided_error": ".4f"},
     **{"psnr_db": ".2f", "ssim": ".4f", "lpips": ".4f", "dinov2_cosine": ".4f", "fd_dinov2": ".1f"},
-    **{"name_top1": ".3f", "name_top5": ".3f"},
+    **{"name_top1": ".3f", "name_top5": ".3f", "shape_top1": ".3f", "shape_top5": ".3f"},
 }
 AXES = {
     **{"psnr_db": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "fd_dinov2": "FD-DINOv2"},
@@ -132,6 +134,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, help="of the sampler (20)")
     parser.add_argument("--guidance", type=float, default=3.0, help="(3.0)")
     parser.add_argument("--ratios", type=ratio, nargs="+", metavar="RATIO", help="(0.25 0.5 0.75)")
+    parser.add_argument(
+        "--max-downsample",
+        type=int,
+        choices=DOWNSAMPLES,
+        help="levels to work at (the finest with attention)",
+    )
     parser.add_argument("--ways", nargs="+", choices=POSSIBLE, metavar="WAY", help="these, and plain")
     parser.add_argument("--rounds", type=positive, help="timed calls of each point (5)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
@@ -181,6 +189,7 @@ class Bench:
         setting = Setting(
             *("unet", type(self.pipe).__name__, args.dtype, args.size, args.size, point.ratio or 0.0),
             *(2 * len(self.batches[0].prompts), args.device, self.pipe.vae_scale_factor, self.downsample),
+            args.max_downsample or 0,
         )
         torch.manual_seed(0)  # tomesd 0.1.3 takes its randomness from there
         return Run("plain" if point.way == FEWER else point.way, self.unet, setting, compiled=False)
@@ -397,7 +406,10 @@ def key(args: argparse.Namespace, prompts: list[str]) -> Row:
             [str(file.relative_to(model)), file.stat().st_size, file.stat().st_mtime_ns] for file in weights
         ],
         # Not seeds: the batches of more of them come after those of fewer.
-        **{name: getattr(args, name) for name in ("batch", "size", "steps", "guidance", "dtype")},
+        **{
+            name: getattr(args, name)
+            for name in ("batch", "size", "steps", "guidance", "dtype", "max_downsample")
+        },
         "prompts": prompts,
         "device": torch.device(args.device).type,
         **{name: value for name, value in environment(args.device).items() if name in ("torch", "diffusers")},
@@ -518,7 +530,8 @@ def run(args: argparse.Namespace) -> int:
     )
     print(title)
     common = {"model": args.model, "prompts": len(prompts)}
-    common |= {name: getattr(args, name) for name in ("seeds", "batch", "size", "guidance", "dtype")}
+    options = ("seeds", "batch", "size", "guidance", "dtype", "max_downsample")
+    common |= {name: getattr(args, name) for name in options}
     outputs = {name: getattr(args, name) or folder / file for name, file in FILES.items()}
     write([{**row, **common, **where} for row in rows], outputs["csv"])
     try:

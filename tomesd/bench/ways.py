@@ -104,7 +104,7 @@ def merge_block(block: nn.Module, setting: Setting, **options: Any) -> None:
 
 
 def merge_unet(unet: nn.Module, setting: Setting, **options: Any) -> None:
-    apply_patch(unet, setting.ratio, **options)
+    apply_patch(unet, setting.ratio, **{"max_downsample": setting.max_downsample, **options})
 
 
 def on_two_levels(patch: Callable[..., None], unet: nn.Module, setting: Setting, **options: Any) -> None:
@@ -132,7 +132,7 @@ def old_block(block: nn.Module, setting: Setting) -> None:
 def old_unet(unet: nn.Module, setting: Setting) -> None:
     MergeConfig(setting.ratio)  # as above
     old = peers.load("tomesd", alias="tomesd_0_1_3")
-    old.apply_patch(unet, setting.ratio, max_downsample=setting.downsample)
+    old.apply_patch(unet, setting.ratio, max_downsample=setting.max_downsample)
 
 
 def old_needs(setting: Setting) -> int:
