@@ -12,6 +12,7 @@ import torch
 import tomesd
 from tomesd import worth
 from tomesd.config import MergeConfig
+from tomesd.families import FAMILIES, find_sites
 from tomesd.layout import Layout
 from tomesd.partition import Grid, thin_out
 from tomesd.token_map import TokenMap
@@ -276,6 +277,11 @@ def test_what_keys_only_cannot_do_is_said():
     pipe.unfuse_qkv_projections(vae=False)
     assert torch.isfinite(tiny.generate(pipe)).all()
     unet = tiny.small_unet(only_cross_attention=True)
+    tomesd.apply_patch(unet, keys_only=True)  # the middle of the network has self-attention all the same
+    reasons = [row.left_alone for row in tomesd.explain(unet).rows]
+    assert set(reasons) == {None, "has the keys of the text in attn1"}
+    for site in find_sites(unet, FAMILIES[0]):
+        site.block.attn1.is_cross_attention = True
     with pytest.raises(ValueError, match="each of its transformer blocks has the keys of the text in attn1"):
         tomesd.apply_patch(unet, keys_only=True)
     tomesd.apply_patch(unet, keys_only=True, merge_mlp=True)

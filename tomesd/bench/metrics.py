@@ -204,9 +204,10 @@ class Measures:
         self.own: list[int] = []  # and these references
         with self.without("lpips"):
             self.lpips = Lpips(device)
-        with self.without("dinov2_cosine", "fd_dinov2"):
+        names, shapes = ([f"{name}_top{first}" for first in FIRST] for name in ("name", "shape"))
+        with self.without("dinov2_cosine", "fd_dinov2", *names):
             self.dino = Dino(device, kept)
-        with self.without(*(f"{name}_top{first}" for name in ("name", "shape") for first in FIRST)):
+        with self.without(*names, *shapes):
             self.read(model, prompts)
 
     @contextlib.contextmanager

@@ -265,9 +265,11 @@ class Bench:
         where: Row = {"device": device_name(self.args.device), "threads": torch.get_num_threads()}
         where["rounds"] = self.args.rounds
         kept: Any = json.loads(file.read_text()) if file.exists() else {}
-        # Points that were not measured in turns cannot be compared; what failed may do better now.
-        fine = {name for name, row in kept.get("points", {}).items() if not row["note"]}
-        if kept.get("where") != where or not {point.name for point in timed} <= fine:
+        # Points that were not measured in turns cannot be compared. What failed may do better now, unless it
+        # cannot be done at all.
+        known = kept.get("points", {}).items()
+        final = {name for name, row in known if not row["note"] or row["note"].startswith("ValueError")}
+        if kept.get("where") != where or not {point.name for point in timed} <= final:
             pictures, calls = self.record()
             args, kwargs, _ = calls[len(calls) // 2]
             runs = {point.name: self.patched(point) for point in timed}
