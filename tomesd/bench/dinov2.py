@@ -101,7 +101,8 @@ def timm_model(size: int = TRAINED_SIZE) -> nn.Module:
 if __name__ == "__main__":
     pictures = torch.randn(1, 3, TRAINED_SIZE, TRAINED_SIZE, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        ours = timm_model().forward_features(pictures)
+        network: Any = timm_model()
+        ours = network.forward_features(pictures)
         theirs = transformers_model()(pictures).last_hidden_state
     far = (ours - theirs).abs().max()
     print(f"tokens of timm and of transformers differ by {far:.1e} at most, their std is {theirs.std():.2f}")
