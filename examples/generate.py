@@ -77,6 +77,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_places(p: argparse.ArgumentParser) -> None:
+    """Where to draw, how precisely, and where the pictures go."""
+    p.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: the best there is)"
+    )
+    p.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="default: fp16 on cuda, else fp32"
+    )
+    p.add_argument("--out", type=Path, default=Path("outputs"), help="folder for pictures (default: outputs)")
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description="Draw pictures with a Stable Diffusion pipeline, its similar tokens merged by tomesd.",
@@ -110,13 +121,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--steps", type=positive, help="denoising steps (default: 20, or the pipeline's own)")
     p.add_argument("--guidance", type=float, help="guidance scale (default: 3, or the pipeline's own)")
     p.add_argument("--seed", type=int, default=0, help="seed of every picture (default: 0)")
-    p.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: the best there is)"
-    )
-    p.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto", help="default: fp16 on cuda, else fp32"
-    )
-    p.add_argument("--out", type=Path, default=Path("outputs"), help="folder for pictures (default: outputs)")
+    add_places(p)
     args = p.parse_args(argv)
     args.shipped = args.model is None or Path(args.model).resolve() == EMOJI_MODEL
     args.model = str(EMOJI_MODEL) if args.model is None else args.model

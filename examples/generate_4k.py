@@ -37,7 +37,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import generate
@@ -132,16 +131,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--compare", action="store_true", help="do the last stage without tomesd as well")
     p.add_argument("--seed", type=int, default=0, help="seed of the picture (default: 0)")
-    p.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: the best there is)"
-    )
-    p.add_argument(
-        "--dtype",
-        choices=("auto", *generate.DTYPES),
-        default="auto",
-        help="default: fp16 on cuda, else fp32",
-    )
-    p.add_argument("--out", type=Path, default=Path("outputs"), help="folder for pictures (default: outputs)")
+    generate.add_places(p)
     args = p.parse_args(argv)
     if args.prompt is None and not args.random:
         p.error("what is to be drawn? give a prompt in quotes, or --random to measure without weights")

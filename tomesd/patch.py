@@ -197,7 +197,7 @@ def unfitness(site: Site, config: MergeConfig) -> str | None:
         return "has no norm1 and attn1 to plan at"
     if not any(getattr(site.block, part, None) is not None for part in config.parts):
         return f"has no {' or '.join(config.parts)}"
-    if config.keys_only and config.parts == ("attn1",) and is_cross_attention(site.block, "attn1"):
+    if not config.matches and is_cross_attention(site.block, "attn1"):
         return "has the keys of the text in attn1"
     return None
 
