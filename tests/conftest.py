@@ -14,3 +14,9 @@ torch.set_num_threads(1)  # tiny networks: threads cost more than they bring
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield

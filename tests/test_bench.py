@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 from tiny import peer
+from tomesd.hooks import recompile
+from tomesd.partition import Grid
 
 import tomesd.bench.peers as peers
 from tomesd.__main__ import main
 from tomesd.bench import memory, models, speed, ways
-from tomesd.hooks import recompile
-from tomesd.partition import Grid
 
 FEW = ["plain", "ideal", "windowed"]
 BLOCK = models.Setting("block", "tiny", "float32", 192, 128, 0.5, 2, "cpu")

@@ -1,124 +1,237 @@
-"""apply_patch's signature, its errors, and agreement with tomesd 0.1.3."""
+"""apply_patch, remove_patch and patched: arguments, methods, errors, all or nothing."""
 
+import copy
 import inspect
+import json
+import pickle
 import subprocess
 import sys
+import threading
+import warnings
 
 import diffusers as D
+import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 import tomesd
+from tomesd import Merge, MergeStage, Recipe, SampleKeys
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+def methods_of(model):
+    """The method of each block that has one."""
+    return {row.name: row.method for row in tomesd.explain(model).rows if row.method is not None}
 
 
-def test_signature_is_that_of_tomesd():
-    names = list(inspect.signature(tomesd.apply_patch).parameters)
-    assert names[:9] == [
+@pytest.mark.parametrize("verb", [tomesd.apply_patch, tomesd.patched])
+def test_the_signature_is_that_of_tomesd_0_1_3(verb):
+    parameters = inspect.signature(verb).parameters
+    assert list(parameters)[:9] == [
         *("model", "ratio", "max_downsample", "sx", "sy"),
         *("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"),
     ]
-    kinds = {p.kind for p in list(inspect.signature(tomesd.apply_patch).parameters.values())[9:]}
-    assert kinds == {inspect.Parameter.KEYWORD_ONLY}
-    unet = tiny.unet()
-    tomesd.apply_patch(unet, 0.6, 2, 3, 4, False, True, True, True)
-    config = unet._tomesd.config
-    assert (config.ratio, config.max_downsample, config.sx, config.sy) == (0.6, 2, 3, 4)
-    assert (config.use_rand, config.merge_attn, config.merge_crossattn, config.merge_mlp) == (
-        False,
-        *[True] * 3,
-    )
+    assert {p.kind for p in list(parameters.values())[9:]} == {inspect.Parameter.KEYWORD_ONLY}
 
 
-@pytest.mark.parametrize("case", ["sd", "ldm"])
 @pytest.mark.parametrize(
-    "options",
+    ("args", "options", "method"),
     [
-        dict(max_downsample=1),
-        dict(max_downsample=8, ratio=0.75),
-        dict(max_downsample=2, ratio=0.6, merge_crossattn=True, merge_mlp=True),
-        dict(max_downsample=4, ratio=0.7, sx=4, sy=2),
-        dict(max_downsample=1, ratio=0.3, merge_attn=False, merge_mlp=True),
+        ((), {}, Merge(0.5)),
+        ((0.25,), {}, Merge(0.25)),
+        ((0.6, 2, 3, 4, False, True, True, True), {}, Merge(0.6, ("attn", "cross", "mlp"), 3, 4, None)),
+        ((), {"merge_attn": False, "merge_mlp": True}, Merge(parts=("mlp",))),
+        ((np.float32(0.5),), {"sx": np.int64(4)}, Merge(0.5, sx=4)),
+        ((SampleKeys(0.9),), {}, SampleKeys(0.9)),
+        ((MergeStage(0.3),), {"sx": 2, "merge_attn": True}, MergeStage(0.3)),
+    ],
+    ids=str,
+)
+def test_arguments_name_a_method(args, options, method):
+    unet = tiny.unet()
+    tomesd.apply_patch(unet, *args, **options)
+    assert set(methods_of(unet).values()) == {method}
+
+
+def test_methods_are_values():
+    method = Merge(0.25, parts=["mlp", "attn"], prop_attn=True, seed=None)
+    assert repr(method) == "Merge(0.25, parts=('attn', 'mlp'), seed=None, prop_attn=True)"
+    assert eval(repr(method)) == method
+    assert {method: 1}[copy.deepcopy(method)] == 1
+    assert pickle.loads(pickle.dumps(method)) == method
+    for one in (method, SampleKeys(0.9, seed=3), MergeStage(0.5, sx=4, matching="exact")):
+        assert tomesd.Method.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+    assert tomesd.Method.from_dict({"method": "SampleKeys"}) == SampleKeys()
+    with pytest.raises(AttributeError):
+        method.ratio = 0.5
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "says"),
+    [
+        ([], TypeError, "a method is described by a dict, got list"),
+        ({"ratio": 0.5}, ValueError, "the method must be one of Merge, .*SampleKeys.*, got None"),
+        ({"method": "Drop"}, ValueError, "got 'Drop'"),
+        ({"method": "SampleKeys", "sx": 2}, ValueError, "SampleKeys has no option sx, only ratio, seed"),
+        ({"method": "Merge", "ratio": "x"}, TypeError, "ratio must be a number, got 'x'"),
     ],
 )
-@pytest.mark.parametrize("size", [(16, 16), (24, 16)])
-def test_equals_tomesd_0_1_3(case, options, size):
-    old = tiny.peer("tomesd", "tomesd_0_1_3")
-    case = tiny.CASES[case]
-    model = case.build()
-    plain = case(model, *size)
-    old.apply_patch(model, use_rand=False, **options)
-    theirs = case(model, *size)
-    old.remove_patch(model)
-    tomesd.apply_patch(model, use_rand=False, matching="exact", **options)
-    ours = case(model, *size)
-    assert (theirs - plain).abs().max() > 1e-3
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+def test_wrong_descriptions_of_methods_are_named(data, error, says):
+    with pytest.raises(error, match=says):
+        tomesd.Method.from_dict(data)
 
 
-def test_functional_api_equals_tomesd_0_1_3_but_for_the_order_of_tokens():
-    old = tiny.peer("tomesd", "tomesd_0_1_3")
-    metric, x = torch.randn(2, 7 * 9, 8), torch.randn(2, 7 * 9, 3)
-    for r in (0, 10, 40, 1000):
-        ours = tomesd.merge.bipartite_soft_matching_random2d(metric, 9, 7, 2, 3, r, no_rand=True)
-        theirs = old.merge.bipartite_soft_matching_random2d(metric, 9, 7, 2, 3, r, no_rand=True)
-        assert ours[0](x).shape == theirs[0](x).shape
-        torch.testing.assert_close(ours[1](ours[0](x)), theirs[1](theirs[0](x)))
-    drawn = [torch.Generator().manual_seed(5) for _ in range(2)]
-    ours = tomesd.merge.bipartite_soft_matching_random2d(metric, 9, 7, 2, 2, 20, generator=drawn[0])
-    theirs = old.merge.bipartite_soft_matching_random2d(metric, 9, 7, 2, 2, 20, generator=drawn[1])
-    torch.testing.assert_close(ours[1](ours[0](x)), theirs[1](theirs[0](x)))
-    assert torch.equal(drawn[0].get_state(), drawn[1].get_state())
-
-
-def test_patched_is_undone_even_after_an_error():
-    unet, call = tiny.unet(), tiny.CASES["sd"]
-    plain = call(unet)
-    with tomesd.patched(unet, 0.5, seed=1) as same:
-        assert same is unet
-        assert not torch.equal(call(unet), plain)
-    assert torch.equal(call(unet), plain)
-    with pytest.raises(KeyError), tomesd.patched(unet):
-        raise KeyError
-    assert torch.equal(call(unet), plain)
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: Merge(-0.1), ValueError, r"ratio must be in \[0, 1\], .* got -0.1"),
+        (lambda: Merge(1.1), ValueError, "got 1.1"),
+        (lambda: Merge(float("nan")), ValueError, "got nan"),
+        (lambda: SampleKeys(1), ValueError, r"ratio must be in \[0, 1\), .* got 1"),
+        (lambda: Merge("0.5"), TypeError, r"ratio must be a number, got '0.5' \(str\)"),
+        (lambda: Merge([0.0] * 1000), TypeError, r"got \[0.0, .*\.\.\.\] \(list\)"),
+        (lambda: Merge(True), TypeError, "ratio must be a number, got True"),
+        (lambda: Merge(parts="attn"), TypeError, r"parts must be a tuple of names, got 'attn' \(str\)"),
+        (lambda: Merge(parts=()), ValueError, "parts is empty, it may hold attn, cross, mlp"),
+        (lambda: Merge(parts=("attn1",)), ValueError, "each of parts must be one of .*, got 'attn1'"),
+        (lambda: Merge(sx=0), ValueError, "sx must be at least 1, got 0"),
+        (lambda: MergeStage(sy=2.0), TypeError, r"sy must be an integer, got 2.0 \(float\)"),
+        (lambda: Merge(seed="a"), TypeError, "seed must be an integer or None, got 'a'"),
+        (lambda: Merge(matching="fast"), ValueError, "matching must be one of windowed, exact, got 'fast'"),
+        (lambda: Merge(unmerge="magic"), ValueError, "unmerge must be one of copy, got 'magic'"),
+        (lambda: MergeStage(prop_attn=1), TypeError, r"prop_attn must be a bool, got 1 \(int\)"),
+        (lambda: Merge(parts=("mlp",), prop_attn=True), ValueError, "prop_attn=True weighs keys of self-att"),
+        (lambda: MergeStage(parts=("attn",)), TypeError, "unexpected keyword argument 'parts'"),
+        (lambda: SampleKeys(matching="exact"), TypeError, "unexpected keyword argument 'matching'"),
+        (lambda: Recipe([]), TypeError, "methods must be a dict of block names, got list"),
+        (lambda: Recipe({}), ValueError, "a recipe needs a method for one block at least"),
+        (lambda: Recipe({"a": 0.5}), TypeError, r"must map names of blocks to methods, .* got \{'a': 0.5\}"),
+        (lambda: Recipe.from_dict({"a": {}}), TypeError, "a recipe is described by"),
+    ],
+)
+def test_bad_methods_are_named(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
 
 
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        (dict(ratio=1.0), ValueError, r"ratio must be in \[0, 1\).*got 1.0"),
-        (dict(ratio=-0.1), ValueError, r"got -0.1"),
-        (dict(ratio=float("nan")), ValueError, r"got nan"),
-        (dict(ratio=0.8), ValueError, r"ratio 0.8 is above 0.75, .* 2 x 2 cell"),
-        (dict(ratio=0.6, sx=2, sy=1), ValueError, r"above 0.5"),
-        (dict(ratio="0.5"), TypeError, r"ratio must be a number, got '0.5' \(str\)"),
-        (dict(ratio=[0.0] * 1000), TypeError, r"ratio must be a number, got \[0.0, .*\.\.\.\] \(list\)"),
-        (dict(ratio=True), TypeError, r"ratio must be a number, got True"),
-        (dict(sx=0), ValueError, r"sx must be at least 1, got 0"),
-        (dict(sy=2.0), TypeError, r"sy must be an integer, got 2.0 \(float\)"),
+        (dict(ratio=2), ValueError, r"ratio must be in \[0, 1\], .* got 2"),
+        (dict(ratio=None), TypeError, "ratio must be a number, got None"),
+        (dict(ratio=Merge), TypeError, "ratio must be a number or a method, got the class Merge: make one"),
+        (dict(sx=0), ValueError, "sx must be at least 1, got 0"),
         (dict(max_downsample=3), ValueError, r"max_downsample must be None .* or one of 1, 2, 4, 8, got 3"),
-        (dict(max_downsample="1"), TypeError, r"max_downsample must be an integer or None"),
+        (dict(max_downsample="1"), TypeError, "max_downsample must be an integer or None"),
         (dict(use_rand=1), TypeError, r"use_rand must be a bool, got 1 \(int\)"),
-        (dict(merge_attn=False), ValueError, "merge_mlp and merge_stage are all False"),
-        (dict(matching="fast"), ValueError, r"matching must be one of exact, windowed, got 'fast'"),
-        (dict(seed=None), TypeError, r"seed must be an integer, got None"),
+        (dict(merge_attn=False), ValueError, "merge_attn, merge_crossattn, merge_mlp are all False"),
+        (dict(auto="yes"), TypeError, r"auto must be a bool, got 'yes' \(str\)"),
+        (dict(ratio=Merge(), sx=4), TypeError, "sx=4 goes with a ratio that is a number, not with a Merge"),
+        (dict(ratio=SampleKeys(), use_rand=False), TypeError, "use_rand=False goes with a ratio"),
+        (dict(ratio={1: 0.5}, merge_mlp=True), TypeError, "merge_mlp=True goes with .* not with a dict"),
+        (dict(ratio={1: 0.5}, max_downsample=2), TypeError, "max_downsample=2 goes with one method"),
+        (dict(ratio={}), ValueError, "no downsample has a method"),
+        (dict(ratio={3: 0.5}), ValueError, r"chosen by downsample \(1, 2, 4, 8\), got 3"),
+        (dict(ratio={"a": 0.5}), ValueError, "got 'a'; a Recipe chooses by the names of blocks"),
+        (dict(ratio={1: "x"}), TypeError, "ratio must be a number, got 'x'"),
+        (dict(ratio={8: Merge()}), ValueError, r"downsample 8, for which Merge\(0.5\) .* at downsample 1, 2"),
+        (
+            dict(ratio=Recipe({"x": Merge()})),
+            ValueError,
+            "names 1 blocks that are not in this model, such as x",
+        ),
+        (dict(keys_only=True), TypeError, "unexpected keyword argument 'keys_only'"),
     ],
 )
-def test_bad_options_are_named_before_anything_is_touched(options, error, says):
+def test_bad_arguments_are_named_before_anything_is_touched(options, error, says):
     unet, call = tiny.small_unet(), tiny.CASES["sd"]
     tomesd.apply_patch(unet, 0.25)
     merged = call(unet)
     with pytest.raises(error, match=says):
         tomesd.apply_patch(unet, **options)
     assert torch.equal(call(unet), merged)
+
+
+@pytest.mark.parametrize(("ratio", "stride", "most"), [(0.9, 2, 0.75), (1.0, 2, 0.75), (0.95, 4, 0.9375)])
+def test_a_ratio_above_what_cells_allow_is_cut_with_one_warning(ratio, stride, most):
+    unet = tiny.small_unet()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tomesd.apply_patch(unet, ratio, sx=stride, sy=stride)
+    (warning,) = caught
+    assert issubclass(warning.category, UserWarning)
+    assert str(warning.message).startswith(
+        f"ratio {ratio:g} is above {most:g}, the most that one dst in each"
+    )
+    assert {method.ratio for method in methods_of(unet).values()} == {most}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tomesd.apply_patch(unet, SampleKeys(0.95))
+
+
+def test_a_dict_chooses_by_downsample():
+    unet, call = tiny.unet(), tiny.CASES["sd"]
+    tomesd.apply_patch(unet, {1: SampleKeys(0.5), 4: 0.25})
+    rows = tomesd.explain(unet).rows
+    assert {row.downsample: row.method for row in rows} == {
+        1: SampleKeys(0.5),
+        2: None,
+        4: Merge(0.25),
+        8: None,
+    }
+    assert {row.left_alone for row in rows} == {
+        None,
+        "downsample 2 has no method",
+        "downsample 8 has no method",
+    }
+    both = call(unet)
+    for one in ({1: SampleKeys(0.5)}, {4: Merge(0.25)}):
+        tomesd.apply_patch(unet, one)
+        assert not torch.equal(call(unet), both)
+
+
+def test_a_recipe_chooses_by_name():
+    pipe = tiny.sd()
+    names = [row.name for row in tomesd.explain(pipe).rows]
+    recipe = Recipe({names[0]: Merge(0.25), names[3]: SampleKeys(0.75), names[-1]: MergeStage()})
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    assert tomesd.apply_patch(pipe, recipe) is pipe
+    assert methods_of(pipe) == dict(recipe.methods)
+    assert torch.isfinite(tiny.generate(pipe)).all()
+
+
+def test_blocks_of_one_transformer_may_have_methods_of_their_own():
+    unet = tiny.sdxl_unet()
+    names = [row.name for row in tomesd.explain(unet).rows if row.name.startswith("mid_block")]
+    tomesd.apply_patch(unet, Recipe({names[0]: Merge(0.25), names[2]: SampleKeys(0.75)}))
+    with tomesd.trace(unet) as plans:
+        tiny.CASES["sdxl"](unet)
+    assert [(plan.block, plan.map.groups) for plan in plans] == [(names[0], 12), (names[2], 1)]
+
+
+def test_patched_is_undone_even_after_an_error():
+    unet, call = tiny.unet(), tiny.CASES["sd"]
+    plain = call(unet)
+    with tomesd.patched(unet, Merge(0.5, seed=1)) as same:
+        assert same is unet
+        assert not torch.equal(call(unet), plain)
+    assert torch.equal(call(unet), plain)
+    with pytest.raises(KeyError), tomesd.patched(model=unet):
+        raise KeyError
+    assert torch.equal(call(unet), plain)
+
+
+def test_patched_puts_back_what_was_there():
+    unet, call = tiny.unet(), tiny.CASES["sd"]
+    tomesd.apply_patch(unet, {1: SampleKeys(0.5), 2: Merge(0.25)})
+    want = call(unet)
+    with tomesd.patched(unet, 0.75), tomesd.patched(unet, MergeStage()):
+        assert not torch.equal(call(unet), want)
+    assert torch.equal(call(unet), want)
 
 
 def transformer():
@@ -133,17 +246,9 @@ def transformer():
         (lambda: 3, TypeError, r"expected a pipeline or a torch module, got 3 \(int\)"),
         (lambda: "runwayml/stable-diffusion-v1-5", TypeError, r"a pipeline or a torch module, got 'runwayml"),
         (lambda: [nn.Linear(2, 2)], TypeError, r"got one \(list\)"),
-        (
-            lambda: D.StableDiffusionPipeline,
-            TypeError,
-            "got the class StableDiffusionPipeline: make one first",
-        ),
+        (lambda: D.StableDiffusionPipeline, TypeError, "the class StableDiffusionPipeline: make one first"),
         (lambda: None, TypeError, "got None"),
-        (
-            lambda: nn.Linear(2, 2),
-            ValueError,
-            "Linear holds no network that tomesd knows. Known are.*UNet2DCond",
-        ),
+        (lambda: nn.Linear(2, 2), ValueError, "Linear holds no network that tomesd knows. Known.*UNet2DCond"),
         (tiny.vae, ValueError, "AutoencoderKL holds no network"),
         (transformer, ValueError, "SD3Transformer2DModel holds no network"),
     ],
@@ -165,31 +270,14 @@ def test_nothing_to_merge_is_an_error():
     pipe = tiny.sdxl()
     with pytest.raises(ValueError, match=r"in unet with max_downsample=1: .* at downsample 2, 4"):
         tomesd.apply_patch(pipe, max_downsample=1)
-    assert tomesd.apply_patch(pipe).unet._tomesd is not None
-
-
-def test_blocks_and_parts_called_alone_say_so():
-    unet = tiny.small_unet()
-    tomesd.apply_patch(unet)
-    container = unet.down_blocks[0].attentions[0]
-    block = container.transformer_blocks[0]
-    with pytest.raises(RuntimeError, match="given 9 tokens and no image: call the whole network"):
-        block(torch.randn(1, 9, 16))
-    with pytest.raises(RuntimeError, match="given no tokens and no image: call the whole network"):
-        block.attn1(torch.randn(1, 9, 16))
-    tomesd.apply_patch(unet, merge_attn=False, merge_mlp=True)
-    with pytest.raises(RuntimeError, match="called without its block"):
-        block.ff(torch.randn(1, 9, 16))
-    image, text = torch.randn(1, 16, 4, 6), torch.randn(1, 7, tiny.TEXT)
-    by_position = container(image, text).sample
-    assert torch.equal(container(encoder_hidden_states=text, hidden_states=image).sample, by_position)
+    assert methods_of(tomesd.apply_patch(pipe))
 
 
 def test_every_network_of_a_pipeline_must_have_something_to_merge():
     pipe = tiny.sd(D.StableDiffusionControlNetPipeline, unet=tiny.sdxl_unet(), controlnet=tiny.controlnet())
     with pytest.raises(ValueError, match="nothing to merge in unet with max_downsample=1"):
         tomesd.apply_patch(pipe, max_downsample=1)
-    assert not hasattr(pipe.controlnet, "_tomesd")
+    assert methods_of(pipe) == {}
 
 
 def test_blocks_of_other_makes_are_left_alone_and_explained():
@@ -201,64 +289,7 @@ def test_blocks_of_other_makes_are_left_alone_and_explained():
     assert reasons["up_blocks.1.attentions.0.transformer_blocks.0"] is None
 
 
-def test_explain_counts_what_the_sites_really_see():
-    pipe = tiny.sd()
-    tomesd.apply_patch(pipe, ratio=0.6, max_downsample=2)
-    seen = {}
-    for name, module in pipe.unet.named_modules():
-        if name.endswith("attn1"):
-            module.register_forward_pre_hook(
-                lambda m, a, name=name: seen.update({f"unet.{name.removesuffix('.attn1')}": a[0].shape[1]})
-            )
-    tiny.generate(pipe, height=136, width=200, num_inference_steps=1)
-    table = tomesd.explain(pipe, height=136, width=200)
-    assert (table.height, table.width) == (136, 200)
-    assert {row.name: row.after for row in table.rows} == seen
-    merged = [row for row in table.rows if row.left_alone is None]
-    assert {row.downsample for row in merged} == {1, 2}
-    assert all(0 < row.saved < 1 for row in merged)
-    assert 0 < table.saved < 1
-    text = str(table)
-    assert "downsample 4 > max_downsample 2" in text
-    assert f"{len(merged)} of {len(table.rows)} blocks merge at 200 x 136 pixels" in text
-
-
-@pytest.mark.parametrize("config", [{}, {"only_cross_attention": True}])
-def test_explain_estimates_the_flops_that_torch_counts(config):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    unet = tiny.small_unet(**config)
-    unet.set_attn_processor(AttnProcessor())  # torch does not count its fused attention on CPU
-    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
-    x, text = torch.randn(1, 256, 16), torch.randn(1, 77, tiny.TEXT)
-
-    def count():
-        with FlopCounterMode(display=False) as counter:
-            block(x, encoder_hidden_states=text)
-        return counter.get_total_flops()
-
-    plain = count()
-    row = tomesd.explain(unet).rows[0]
-    assert row.flops == pytest.approx(plain, rel=1e-6)
-    tomesd.apply_patch(unet, ratio=0.5, merge_crossattn=True, merge_mlp=True)
-    row = tomesd.explain(unet, 128, 128).rows[0]
-    tomesd.remove_patch(unet)
-    x = x[:, : row.after]
-    assert row.saved == pytest.approx(1 - count() / plain, rel=1e-6)
-
-
-def test_explain_of_an_unpatched_model_and_wrong_sizes():
-    pipe = tiny.sdxl()
-    table = tomesd.explain(pipe)
-    assert {row.left_alone for row in table.rows} == {"not patched"}
-    assert (table.height, table.width, table.saved) == (128, 128, 0)
-    with pytest.raises(ValueError, match="height must be an integer of at least 8 pixels, got 0"):
-        tomesd.explain(pipe, 0)
-    with pytest.raises(ValueError, match=r"width must be .*, got 12\.5"):
-        tomesd.explain(pipe, 512, 12.5)
-
-
-def test_import_loads_torch_only():
+def test_importing_loads_torch_only():
     code = (
         "import sys, tomesd.vit;"
         "heavy = {'diffusers', 'transformers', 'timm', 'PIL', 'triton', 'torch._dynamo'} & set(sys.modules);"
@@ -267,15 +298,20 @@ def test_import_loads_torch_only():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_compiled_networks_of_a_class_keep_apart():
-    """By default torch.compile does not look at hooks, and would run one's code for the other."""
-    call = (torch.randn(1, 4, 16, 16), 5, torch.randn(1, 7, tiny.TEXT))
-    for order in ((0, 1, 0, 1), (1, 0, 1, 0)):
-        networks = [tiny.small_unet(), tiny.small_unet()]
-        tomesd.apply_patch(networks[1])
-        with torch.no_grad():
-            want = [network(*call).sample for network in networks]
-            compiled = [torch.compile(network, backend="eager") for network in networks]
-            for i in order:
-                torch.testing.assert_close(compiled[i](*call).sample, want[i])
-        assert not torch.equal(*want)
+def test_pipelines_in_threads_of_their_own():
+    pipes = [tiny.sd(unet=tiny.small_unet()) for _ in range(3)]
+    for pipe, method in zip(pipes, (Merge(0.25), SampleKeys(), MergeStage()), strict=True):
+        tomesd.apply_patch(pipe, method)
+    alone = [tiny.generate(pipe, num_inference_steps=6) for pipe in pipes]
+    assert not torch.equal(alone[0], alone[1])
+    together = [None] * 3
+
+    def draw(i):
+        together[i] = tiny.generate(pipes[i], num_inference_steps=6)
+
+    threads = [threading.Thread(target=draw, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

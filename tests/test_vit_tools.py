@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tomesd.vit.attention import KeyBias, biased_attention, key_bias
 
 import tomesd.vit as tome
 from tomesd import TokenMap
-from tomesd.vit.attention import KeyBias, biased_attention, key_bias
 
 
 @pytest.mark.parametrize(

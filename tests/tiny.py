@@ -139,6 +139,103 @@ def controlnet_union() -> D.ControlNetUnionModel:
     return _awake(network.eval())
 
 
+def controlnet_xs() -> D.UNetControlNetXSModel:
+    torch.manual_seed(0)
+    network = D.UNetControlNetXSModel(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        cross_attention_dim=TEXT,
+        num_attention_heads=2,
+        ctrl_block_out_channels=(8, 16),
+        ctrl_num_attention_heads=2,
+        ctrl_max_norm_num_groups=4,
+        ctrl_conditioning_embedding_out_channels=(8, 8),
+        upcast_attention=False,
+    )
+    return _awake(network.eval())
+
+
+def sparse_controlnet() -> D.SparseControlNetModel:
+    torch.manual_seed(0)
+    network = D.SparseControlNetModel(
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention_dim=TEXT,
+        norm_num_groups=8,
+        attention_head_dim=4,
+        motion_num_attention_heads=2,
+        use_simplified_condition_embedding=True,
+    )
+    return _awake(network.eval())
+
+
+def video_diffusion() -> D.UNetSpatioTemporalConditionModel:
+    torch.manual_seed(0)
+    return D.UNetSpatioTemporalConditionModel(
+        sample_size=16,
+        in_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        block_out_channels=(32, 64),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=3 * 8,
+        layers_per_block=1,
+        cross_attention_dim=TEXT,
+        num_attention_heads=(2, 4),
+        num_frames=3,
+    ).eval()
+
+
+def i2vgen() -> D.I2VGenXLUNet:
+    torch.manual_seed(0)
+    return D.I2VGenXLUNet(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=TEXT,
+        attention_head_dim=8,
+    ).eval()
+
+
+def audioldm2() -> nn.Module:
+    torch.manual_seed(0)
+    return D.AudioLDM2UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=((None, TEXT, TEXT), (None, TEXT, TEXT)),
+        attention_head_dim=4,
+    ).eval()
+
+
+def pixart() -> D.PixArtTransformer2DModel:
+    torch.manual_seed(0)
+    network = D.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        norm_num_groups=1,
+        cross_attention_dim=16,
+        sample_size=16,
+        patch_size=2,
+        caption_channels=TEXT,
+        use_additional_conditions=False,
+    )
+    return _awake(network.eval())
+
+
 def ldm() -> nn.Module:
     """A CompVis LatentDiffusion object's shape around the original UNetModel: `.model.diffusion_model`."""
     peer("ldm")
@@ -170,10 +267,17 @@ def ldm() -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A network and how to call it: `call(model, h, w, b, t)` gives its output for a latent image."""
+    """A network and how to call it: `call(model, h, w, b, t)` gives its output for a latent image.
+
+    Args:
+        checkpoints: whether diffusers can checkpoint it.
+        travels: whether its containers pass a dict on to attention.
+    """
 
     build: Callable[[], nn.Module]
     call: Callable[..., Tensor]
+    checkpoints: bool = True
+    travels: bool = True
 
     def __call__(self, model: nn.Module, h=16, w=16, b=2, t=500) -> Tensor:
         return self.call(model, *inputs(h, w, b), t if isinstance(t, Tensor) else torch.tensor(t))
@@ -219,6 +323,37 @@ def _video(repeats):
     return call
 
 
+def _xs(model, x, text, t):
+    image = torch.nn.functional.interpolate(x[:, :3], scale_factor=2)
+    return model(x, t, text, image).sample
+
+
+def _sparse(model, x, text, t):
+    frames = torch.stack([x, x.flip(-1), x.flip(-2)], 2)
+    mask = x.new_ones(len(x), 1, 3, *x.shape[2:])
+    text = text.repeat_interleave(3, 0)
+    downs, mid = model(frames, t, text, frames, conditioning_mask=mask, return_dict=False)
+    return torch.cat([y.flatten(1) for y in (*downs, mid)], 1).unflatten(0, (len(x), -1)).flatten(1)
+
+
+def _video_diffusion(model, x, text, t):
+    frames = torch.stack([x, x.flip(-1), x.flip(-2)], 1)
+    return model(frames, t, text, torch.ones(len(x), 3)).sample
+
+
+def _i2vgen(model, x, text, t):
+    frames = torch.stack([x, x.flip(-1), x.flip(-2)], 2)
+    return model(frames, t, torch.full((len(x),), 7), frames, text[:, 0], text).sample
+
+
+def _audio(model, x, text, t):
+    return model(x, t, text, encoder_hidden_states_1=text.flip(1)).sample
+
+
+def _pixart(model, x, text, t):
+    return model(x, text, t.expand(len(x))).sample
+
+
 def _ldm(model, x, text, t):
     return model.model.diffusion_model(x, t.expand(len(x)), context=text)
 
@@ -229,9 +364,15 @@ CASES = {
     "refiner": Case(refiner_unet, _sdxl(5)),
     "controlnet": Case(controlnet, _control),
     "controlnet_union": Case(controlnet_union, _union),
+    "controlnet_xs": Case(controlnet_xs, _xs),
+    "sparse_controlnet": Case(sparse_controlnet, _sparse),
     "animatediff": Case(motion_unet, _video(3)),
-    "unet3d": Case(unet3d, _video(1)),
-    "ldm": Case(ldm, _ldm),
+    "unet3d": Case(unet3d, _video(1), checkpoints=False),
+    "svd": Case(video_diffusion, _video_diffusion, travels=False),
+    "i2vgen": Case(i2vgen, _i2vgen, checkpoints=False),
+    "audioldm2": Case(audioldm2, _audio),
+    "pixart": Case(pixart, _pixart),
+    "ldm": Case(ldm, _ldm, travels=False),
 }
 
 

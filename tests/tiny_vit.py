@@ -53,9 +53,9 @@ class Case:
     rope: Callable[[Tensor, Any], Tensor] | None = None
     options: Callable[[int], dict[str, Any]] = lambda batch: {}
 
-    def __call__(self, model: nn.Module, batch: int = 2) -> Tensor:
+    def __call__(self, model: nn.Module, b: int = 2) -> Tensor:
         """The model's output for fixed random images."""
-        return logits(self.run(model, batch))
+        return logits(self.run(model, b))
 
     def run(self, model: nn.Module, batch: int = 2, **options: Any) -> Any:
         dtype = next(model.parameters()).dtype

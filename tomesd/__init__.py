@@ -1,18 +1,28 @@
 """tomesd: merges similar tokens before attention and gives them back after it."""
 
 from . import merge
-from .explain import Explanation, explain
+from .maths.token_map import TokenMap
+from .methods.merge import Merge
+from .methods.method import Method
+from .methods.recipe import Recipe
+from .methods.sample_keys import SampleKeys
+from .methods.stage import MergeStage
 from .patch import apply_patch, patched, remove_patch
-from .token_map import TokenMap
 from .token_merger import TokenMerger
-from .trace import Plan, trace
-from .vis import make_visualization
+from .tools.explain import Explanation, explain
+from .tools.trace import Plan, trace
+from .tools.vis import make_visualization
 
 __version__ = "1.0.0.dev0"
 
 __all__ = [
     "Explanation",
+    "Merge",
+    "MergeStage",
+    "Method",
     "Plan",
+    "Recipe",
+    "SampleKeys",
     "TokenMap",
     "TokenMerger",
     "apply_patch",

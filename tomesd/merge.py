@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .matching import match_exact
-from .partition import Grid, Partition, alternate, cell_offsets, every_kth, random_src
-from .token_map import TokenMap
+from .maths.grid import Grid, Partition, alternate, cell_offsets, every_kth, random_src
+from .maths.matching import match_exact
+from .maths.token_map import TokenMap
 
 Merge = Callable[..., Tensor]
 Unmerge = Callable[[Tensor], Tensor]

@@ -1,47 +1,35 @@
-"""apply_patch and remove_patch: merging through forward hooks alone.
-
-No forward of a host's block is restated. A hook on each container of blocks (a `Transformer2DModel`) reads
-the size of its image and lays out who receives. In each block a hook on `norm1` keeps the block's input, one
-on `attn1` plans the merge by it, and hooks on `attn1`, `attn2` and `ff` merge what goes in and unmerge what
-comes out. With `keys_only` `attn1` is given a sample of the tokens to take keys and values from; with
-`merge_stage` the first block of a container merges and its last one unmerges for all of them. All hooks are
-bound methods of the classes below, owned by one `NetworkPatch` on the network, so that deepcopy, pickle and
-removal take everything along.
-"""
+"""apply_patch, remove_patch and patched: which blocks of a model get which method, all or nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from operator import index
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-from .config import MergeConfig
-from .families import Family, Site, find_networks, find_sites
-from .hooks import Args, Argument, Kwargs, recompile
-from .layout import Layout, Memory
-from .partition import Grid
-from .token_map import TokenMap
-from .worth import Work, is_cross_attention, pays
-
-if TYPE_CHECKING:
-    from .trace import Recorder
-
-OWNER = "_tomesd"
-# Caches of diffusers that give attention's output of another step, which has other merged tokens.
-CACHES = ("pyramid_attention_broadcast", "faster_cache_block", "taylorseer_cache")
+from .hosts.family import Site
+from .hosts.hooks import OWNER, Patch, patch_of, recompile
+from .hosts.image import BlockHooks, ContainerHooks, NetworkHooks
+from .hosts.unets import find_networks
+from .methods import cost, options
+from .methods.choice import Chosen, ImageNetwork, choice_of
+from .methods.cost import PlanIfItPays
+from .methods.merge import Merge
+from .methods.method import Method
+from .methods.recipe import Recipe
 
 Model = TypeVar("Model")
+P = ParamSpec("P")
 
 
 def apply_patch(
     model: Model,
-    ratio: float = 0.5,
+    ratio: float | Method | Recipe | Mapping[int, float | Method] = 0.5,
     max_downsample: int | None = None,
     sx: int = 2,
     sy: int = 2,
@@ -50,105 +38,61 @@ def apply_patch(
     merge_crossattn: bool = False,
     merge_mlp: bool = False,
     *,
-    seed: int = 0,
-    matching: Literal["exact", "windowed"] = MergeConfig.matching,
-    merge_stage: bool = MergeConfig.merge_stage,
-    reuse: int = MergeConfig.reuse,
-    auto: bool = MergeConfig.auto,
-    prop_attn: bool = MergeConfig.prop_attn,
-    keys_only: bool = MergeConfig.keys_only,
+    auto: bool = False,
 ) -> Model:
-    """Makes a Stable Diffusion model merge similar tokens before attention and give them back after it.
+    """Makes a model that draws images compute less: by default, by merging similar tokens before attention.
 
-    A patched model is re-patched. Options and model are checked before anything is touched. Code that
-    torch.compile has made is discarded, as it would not see the patch.
+        tomesd.apply_patch(pipe, 0.5)  # as tomesd 0.1.3: Merge(0.5)
+        tomesd.apply_patch(pipe, tomesd.SampleKeys(0.5))  # nearer to the plain picture for the same time
+        tomesd.apply_patch(pipe, tomesd.MergeStage(0.5), max_downsample=4)
+        tomesd.apply_patch(pipe, {1: tomesd.SampleKeys(0.75), 2: tomesd.Merge(0.5)})  # by downsample
+
+    A patched model is patched anew. Everything is checked before anything is touched: if there is an error,
+    the model is as it was. Code that torch.compile has made is discarded, as it would not see the patch.
 
     Args:
         model: a diffusers pipeline (its ControlNets are patched too), a bare network, or a CompVis LDM.
-        ratio: share of the tokens that merge away, in `[0, 1)`, at most `1 - 1 / (sx * sy)`.
-        max_downsample: merge at levels up to this downsampling of the latent image: 1, 2, 4 or 8; None
-            for the finest level at which each network has attention (1 in SD 1.5 and 2, 2 in SDXL).
-        sx: width in tokens of the cells that keep one token (dst) each to merge into.
-        sy: height of these cells.
-        use_rand: pick the dst of each cell by a hash of (seed, timestep, cell), else always the top left.
-        merge_attn: merge for self-attention.
-        merge_crossattn: merge for cross-attention.
-        merge_mlp: merge for the feed-forward layers.
-        seed: the seed of that hash. No random generator is read or moved.
-        matching: `"windowed"` compares tokens within windows of 16 x 16, `"exact"` over the whole image.
-        merge_stage: merge once for each transformer (`Transformer2DModel`) and run all its blocks on merged
-            tokens; each token then gains what its group has gained. Takes the place of the other three.
-        reuse: how long a plan lasts. 0: each block makes its own; 1: all blocks of one size share one in a
-            step; k: for k steps of a denoising loop whose timesteps are views of one tensor and whose text is
-            the same object in each step, as in pipelines of diffusers; else, and when compiled, for one step.
-        auto: leave blocks alone where this would be slower, which is measured once for each shape of
-            tokens, in about a second; `explain` tells. So the picture may depend on the machine.
-        prop_attn: proportional attention (Bolya et al., 2023): let each key of self-attention count as often
-            as tokens have merged into it. Nearer to the plain picture, but no longer what tomesd 0.1.3 draws.
-        keys_only: let every token look at a random sample of all tokens, spread evenly and new in each step,
-            instead of merging anything for self-attention. As many products of queries and keys are left as
-            merging would leave: at ratio 0.5 a quarter of the keys, at 0.9 (cells need not be larger here) a
-            hundredth. In the same time much nearer to the plain picture, and there is nothing to match.
-            `use_rand=False` takes the same sample in each step.
+        ratio: the share of the tokens that merge away, for `Merge`; or a method: `Merge`, `SampleKeys`,
+            `MergeStage`; or one for each downsample of the image (1, 2, 4, 8), as a dict; or a `Recipe`.
+        max_downsample: work at levels up to this downsampling of the latent image: 1, 2, 4 or 8; None for
+            the finest level at which each network has attention (1 in SD 1.5 and 2, 2 in SDXL). A dict or a
+            `Recipe` says it by itself.
+        sx, sy, use_rand, merge_attn, merge_crossattn, merge_mlp: the other options of tomesd 0.1.3, for
+            `Merge`: its `sx`, `sy`, a `seed`, and `"attn"`, `"cross"`, `"mlp"` in its `parts`. A method has
+            options of its own.
+        auto: leave blocks alone where the method would be slower, which is measured once for each shape of
+            tokens, in about a second; `explain` says where. So the picture may depend on the machine.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: an option of the wrong type, or a model that is neither module nor pipeline.
+        TypeError: an option of the wrong type, or one beside a method that has it itself; or a model that is
+            neither module nor pipeline.
         ValueError: an option out of range, an unknown model, or a network with nothing to merge.
 
     Source: Bolya and Hoffman, Token Merging for Fast Stable Diffusion, 2023.
     """
-    config = MergeConfig(
-        ratio,
-        max_downsample,
-        sx,
-        sy,
-        use_rand,
-        merge_attn,
-        merge_crossattn,
-        merge_mlp,
-        seed,
-        matching,
-        merge_stage,
-        reuse,
-        auto,
-        prop_attn,
-        keys_only,
-    )
-    targets = []
-    for name, network, family in find_networks(model):
-        sites = list(find_sites(network, family))
-        chosen = [site for site in sites if left_alone(site, sites, config) is None]
-        if config.prop_attn and family.bias is None:
-            raise ValueError(
-                f"attention of {name or type(network).__name__} ({family.name}) takes no bias, which "
-                "prop_attn needs: patch without it"
-            )
-        if sites and not chosen:
-            unfit = {unfitness(site, config) for site in sites}
-            if None not in unfit:
-                raise ValueError(
-                    f"nothing to merge in {name or type(network).__name__}: each of its transformer blocks "
-                    f"{' or '.join(sorted(map(str, unfit)))}"
-                )
-            levels = ", ".join(str(level) for level in sorted({site.downsample for site in sites}))
-            raise ValueError(
-                f"nothing to merge in {name or type(network).__name__} with max_downsample={max_downsample}: "
-                f"its transformer blocks stand at downsample {levels}"
-            )
-        targets.append((network, family, chosen))
-    if not any(chosen for _, _, chosen in targets):
-        kinds = ", ".join(type(network).__name__ for network, _, _ in targets)
+    legacy = {
+        "sx": sx,
+        "sy": sy,
+        "use_rand": use_rand,
+        "merge_attn": merge_attn,
+        "merge_crossattn": merge_crossattn,
+        "merge_mlp": merge_mlp,
+    }
+    options.boolean("auto", auto)
+    if isinstance(ratio, Method | Recipe | Mapping):
+        _refuse_others(ratio, legacy)
+    else:
+        ratio = _merge(ratio, **legacy)
+    choice = choice_of(ratio, max_downsample)
+    chosen = {network: choice.choose(network) for network in find_networks(model)}
+    if not any(chosen.values()):
+        kinds = ", ".join(type(network.module).__name__ for network in chosen)
         raise ValueError(f"nothing to merge: no transformer blocks in {kinds}")
-    for network, family, chosen in targets:
-        _detach(network)
-        if chosen:
-            setattr(network, OWNER, NetworkPatch(network, family, chosen, config))
-    # Compiled programs take the answer as a constant. Marked here, as marking it loads torch._dynamo.
-    torch.compiler.assume_constant_result(pays)
-    recompile()
+    choice.check(chosen)
+    _put([Target(network, methods, auto) for network, methods in chosen.items()])
     return model
 
 
@@ -159,410 +103,145 @@ def remove_patch(model: Model) -> Model:
         TypeError: the model is neither module nor pipeline.
         ValueError: it holds no network of a known family.
     """
-    patched_before = [_detach(network) for _, network, _ in find_networks(model)]
-    if any(patched_before):
+    removed = [_detach(network.module) for network in find_networks(model)]
+    if any(removed):
         recompile()
     return model
 
 
-@contextmanager
-def patched(model: Model, *args: Any, **kwargs: Any) -> Iterator[Model]:
-    """`with patched(pipe, ratio=0.5):` applies `apply_patch` inside the block and removes it after."""
-    apply_patch(model, *args, **kwargs)
-    try:
-        yield model
-    finally:
-        remove_patch(model)
+def _as_context(apply: Callable[P, Model]) -> Callable[P, AbstractContextManager[Model]]:
+    """A context manager of the signature of `apply_patch`, for people and for type checkers."""
+
+    @functools.wraps(apply)
+    @contextmanager
+    def patched(*args: P.args, **kwargs: P.kwargs) -> Iterator[Model]:
+        model: Any = args[0] if args else kwargs.get("model")
+        before = [(network, patch_of(network.module)) for network in find_networks(model)]
+        apply(*args, **kwargs)
+        try:
+            yield model
+        finally:
+            remove_patch(model)
+            _put([Target(network, patch.chosen, patch.auto) for network, patch in before if patch])
+
+    patched.__doc__ = """Patches a model inside of a `with` block, and leaves it after as it was before.
+
+        with tomesd.patched(pipe, 0.5):
+            pipe("a cat")
+
+    Takes the arguments of `apply_patch`. A patch that was on the model before is put back.
+    """
+    patched.__name__ = patched.__qualname__ = "patched"
+    patched.__signature__ = inspect.signature(apply)  # type: ignore[attr-defined]
+    del patched.__wrapped__
+    return patched
 
 
-def patch_of(network: nn.Module) -> NetworkPatch | None:
-    """The patch that is on a network, if any."""
-    return vars(network).get(OWNER)
-
-
-def left_alone(site: Site, sites: list[Site], config: MergeConfig) -> str | None:
-    """Why a block of a network with these `sites` is not merged, or None if it is."""
-    limit = config.max_downsample
-    if limit is None:
-        fit = [other.downsample for other in sites if unfitness(other, config) is None]
-        limit = min(fit, default=site.downsample)
-    if site.downsample > limit:
-        return f"downsample {site.downsample} > max_downsample {limit}"
-    return unfitness(site, config)
-
-
-def unfitness(site: Site, config: MergeConfig) -> str | None:
-    """What a block lacks to be merged at any level, or None."""
-    if getattr(site.block, "norm1", None) is None or getattr(site.block, "attn1", None) is None:
-        return "has no norm1 and attn1 to plan at"
-    if not any(getattr(site.block, part, None) is not None for part in config.parts):
-        return f"has no {' or '.join(config.parts)}"
-    if not config.matches and is_cross_attention(site.block, "attn1"):
-        return "has the keys of the text in attn1"
-    return None
-
-
-def work_of(site: Site, sites: list[Site], config: MergeConfig) -> Work:
-    """What runs on merged tokens at one of the `sites` that merge: parts of its block or of its container."""
-    if not config.merge_stage:
-        return Work.of([site.block], config.parts, config)
-    return Work.of(
-        [other.block for other in sites if other.container is site.container], config.parts, config
-    )
+patched = _as_context(apply_patch)
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
-    """What a whole stage keeps from its first block to its last: tokens as they were, and merged."""
+class Target:
+    """What is to be done to a network: the method of each block, or why it has none."""
 
-    x: Tensor
-    map: TokenMap
-    merged: Tensor
+    network: ImageNetwork
+    chosen: Chosen
+    auto: bool
 
-
-@dataclass(eq=False)
-class Call:
-    """One call of a container."""
-
-    layout: Layout
-    stage: Stage | None = None
-
-
-class NetworkPatch:
-    """All that tomesd holds on one network: the options and the hooks."""
-
-    def __init__(self, network: nn.Module, family: Family, sites: list[Site], config: MergeConfig) -> None:
-        self.config = config
-        self.timestep: Tensor | float = 0
-        self.layouts: dict[int, Layout] | None = None  # of the last forward, by level
-        self.memory = Memory()
-        self.recorders: list[Recorder] = []
-        self.arguments = Argument(network, family.timestep), Argument(network, family.text)
-        self.handles: list[RemovableHandle] = [
-            network.register_forward_pre_hook(self.begin, with_kwargs=True),
-            network.register_forward_hook(self.end),
-        ]
+    def containers(self) -> Iterator[tuple[list[Site], dict[Method, list[Site]]]]:
+        """The blocks of each container in which some have a method, and those of each method."""
+        sites = self.network.sites
         for container in dict.fromkeys(site.container for site in sites):
-            ContainerPatch(self, family, [site for site in sites if site.container is container])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "recorders": []}  # copies are not traced
-
-    def begin(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        for recorder in self.recorders:
-            recorder.begin()
-        timestep, text = (argument.get(args, kwargs) for argument in self.arguments)
-        self.layouts = {}
-        if self.config.reuse > 1 and not torch.compiler.is_compiling():
-            self.layouts = self.memory.recall(timestep, text, self.config.reuse)
-        if isinstance(timestep, Tensor):
-            timestep = timestep.detach()  # deepcopy refuses tensors that have a history
-        self.timestep = 0 if timestep is None else timestep
-
-    def end(self, network: nn.Module, args: Args, output: Any) -> None:
-        # Else kept for what checkpointing of whole parts of the network recomputes; compiled code would have
-        # to give it back from each call.
-        if torch.compiler.is_compiling():
-            self.layouts = None
-
-    def layout(self, level: int, image: Tensor) -> Layout:
-        """Where the tokens of an image `[B, C, h, w]` receive; one layout serves all images of a level."""
-        layouts = {} if self.layouts is None else self.layouts  # containers may be called by themselves
-        layout = layouts.get(level)
-        if layout is None or not layout.fits(image):
-            layout = layouts[level] = Layout.of(image, self.config, self.timestep)
-        return layout
-
-    def plan(self, x: Tensor, layout: Layout) -> TokenMap:
-        """Which of the tokens `x` `[B, h * w, C]` of an image merge."""
-        return layout.plan(x, self.config)
+            inside = [site for site in sites if site.container is container]
+            by_method: dict[Method, list[Site]] = {}
+            for site in inside:
+                method = self.chosen[site.name]
+                if isinstance(method, Method):
+                    by_method.setdefault(method, []).append(site)
+            if by_method:
+                yield inside, by_method
 
 
-class ContainerPatch:
-    """Lays out each image that a container is called with, and hands the layout to its blocks.
+class NetworkPatch(Patch):
+    """All that tomesd holds on one network that draws images. As its hooks, it holds no module.
 
-    Where the container passes a dict through to `attn1` and `attn2`, the layout travels in it. So what
-    activation checkpointing recomputes is given the layout of its own forward again, and a block that is
-    compiled by itself sees the size of the image as an argument, not as a constant. CompVis' containers pass
-    nothing through; there blocks look up the last call's.
+    Args:
+        chosen: the method of each block, or the reason why it has none.
+        auto: whether blocks are left alone where their method would be slower.
     """
 
-    def __init__(self, owner: NetworkPatch, family: Family, sites: list[Site]) -> None:
-        container = sites[0].container
-        self.owner = owner
-        self.level = sites[0].level
-        self.image = Argument(container, family.image)
-        self.carrier = Argument(container, family.carrier) if family.carrier else None
-        self.last: Call | None = None
-        owner.handles.append(container.register_forward_pre_hook(self.lay_out, with_kwargs=True))
-        if owner.config.merge_stage:
-            StagePatch(self, family, sites)
-        else:
-            for site in sites:
-                BlockPatch(self, family, site)
+    def __init__(self, chosen: Chosen, auto: bool) -> None:
+        super().__init__()
+        self.chosen = chosen
+        self.auto = auto
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last": None}  # as in BlockPatch
-
-    def lay_out(self, container: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call = Call(self.owner.layout(self.level, self.image.get(args, kwargs)))
-        if self.carrier is None:
-            self.last = call
-            return args, kwargs
-        return self.carrier.put(args, kwargs, {**(self.carrier.get(args, kwargs) or {}), OWNER: call})
-
-    def plan(self, name: str, x: Tensor | None, call: Call | None, work: Work | None) -> TokenMap:
-        """The plan for the tokens `x` `[B, N, C]` of a block; none if merging is not to pay for this work."""
-        grid = None if call is None else call.layout.grid
-        if x is None or call is None or grid is None or x.shape[1] != grid.h * grid.w:
-            tokens = "no tokens" if x is None else f"{x.shape[1]} tokens"
-            seen = "no image" if grid is None else f"an image of {grid.h} x {grid.w}"
-            raise RuntimeError(
-                f"tomesd: {name} was given {tokens} and {seen}: call the whole network, not a part of it, or "
-                "remove_patch first"
-            )
-        config = self.owner.config
-        if work is None or x.device.type == "meta" or _pays(work, config, grid, x):
-            token_map = self.owner.plan(x, call.layout)
-        else:
-            token_map = TokenMap.identity(x.shape[1], x.device)
-        for recorder in self.owner.recorders:
-            recorder.note(name, self.owner.timestep, grid, x.shape[0], token_map)
-        return token_map
+    def attach(self, target: Target) -> None:
+        """Registers the hooks of all methods."""
+        family, network = target.network.family, target.network.module
+        hooks = NetworkHooks(self, network, family)
+        for sites, by_method in target.containers():
+            container = ContainerHooks(self, hooks, sites[0].container, family, sites)
+            blocks = {site: BlockHooks(self, container, site, family) for site in sites}
+            for method, own in by_method.items():
+                for group in method.groups(own):
+                    plan = PlanIfItPays(method, method.work(group)) if target.auto else method.plan
+                    method.attach({site: blocks[site] for site in group}, self, plan)
 
 
-class BlockPatch:
-    """Merges and unmerges around the parts of one block, by a plan made from the block's input."""
-
-    def __init__(self, container: ContainerPatch, family: Family, site: Site) -> None:
-        self.container = container
-        self.name = site.name
-        self.parts = container.owner.config.parts
-        self.family = family
-        self.work = work_of(site, [site], container.owner.config) if container.owner.config.auto else None
-        self.x: Tensor | None = None
-        self.map: TokenMap | None = None
-        handles, block = container.owner.handles, site.block
-        handles.append(block.get_submodule("norm1").register_forward_pre_hook(self.keep_input))
-        for name, enter in (("attn1", self.enter_attn1), ("attn2", self.enter_attn2), ("ff", self.enter_ff)):
-            part = getattr(block, name, None)
-            if part is not None:
-                handles.append(part.register_forward_pre_hook(enter, with_kwargs=True))
-                if name in self.parts and not (name == "attn1" and container.owner.config.keys_only):
-                    handles.append(part.register_forward_hook(self.unmerge))
-        handles.append(block.register_forward_hook(self.forget))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A forward that failed leaves tensors, which cannot be copied if they have a history.
-        return {**self.__dict__, "x": None, "map": None}
-
-    def keep_input(self, norm: nn.Module, args: Args) -> None:
-        # Not at the block itself: what CompVis' checkpointing recomputes begins after it.
-        self.x = args[0]
-
-    def enter_attn1(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call, kwargs = _take_call(kwargs)
-        call = call or self.container.last
-        x, self.x = self.x, None
-        self.map = self.container.plan(self.name, x, call, self.work)
-        if "attn1" not in self.parts:
-            return args, kwargs
-        if call is not None and call.layout.keys is not None:
-            return args, self._take_keys(attn, args[0], kwargs, call.layout.keys)
-        _refuse_caches(attn, f"{self.name}.attn1", "merge_attn=True")
-        return self._merge(args), self._merge_bias(args[0], kwargs)
-
-    def enter_attn2(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        _, kwargs = _take_call(kwargs)
-        if "attn2" not in self.parts:
-            return args, kwargs
-        _refuse_caches(attn, f"{self.name}.attn2", "merge_crossattn=True")
-        _refuse_ip_masks(kwargs, "merge_crossattn=True")
-        return self._merge(args), kwargs
-
-    def enter_ff(self, ff: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        if "ff" not in self.parts:
-            return args, kwargs
-        if not self._map.fits(args[0]) and not self._map.is_identity:
-            raise ValueError(
-                f"tomesd: {self.name}.ff was given {list(args[0].shape[:2])} of the block's tokens: "
-                "merge_mlp=True and chunked feed-forward exclude each other, use one of them"
-            )
-        return self._merge(args), kwargs
-
-    def unmerge(self, part: nn.Module, args: Args, output: Tensor) -> Tensor:
-        return output if self._map.is_identity else self._map.unmerge(output)
-
-    def forget(self, block: nn.Module, args: Args, output: Any) -> None:
-        self.x = self.map = None
-
-    def _take_keys(self, attn: nn.Module, x: Tensor, kwargs: Kwargs, keys: TokenMap) -> Kwargs:
-        """Gives self-attention a sample of the tokens to take keys and values from."""
-        if self._map.is_identity or kwargs.get(self.family.keys) is not None:
-            return kwargs
-        if "Fused" in type(getattr(attn, "processor", None)).__name__:
-            raise ValueError(
-                f"tomesd: {self.name}.attn1 computes queries, keys and values in one layer, which "
-                "keys_only=True cannot tell apart: call unfuse_qkv_projections() first"
-            )
-        bias = self.family.bias
-        if bias is not None and kwargs.get(bias) is not None:
-            mask = keys.merge(_mask_of_keys(self.name, kwargs[bias], keys), "drop")
-            kwargs = {**kwargs, bias: mask.view(*kwargs[bias].shape[:-1], keys.groups)}
-        return {**kwargs, self.family.keys: keys.merge(x, "drop")}
-
-    def _merge_bias(self, x: Tensor, kwargs: Kwargs) -> Kwargs:
-        weigh = self.container.owner.config.prop_attn
-        return _merge_bias(self.name, x, kwargs, self._map, self.family, weigh)
-
-    @property
-    def _map(self) -> TokenMap:
-        if self.map is None:
-            raise RuntimeError(
-                f"tomesd: a part of {self.name} was called without its block: call the whole network, or "
-                "remove_patch first"
-            )
-        return self.map
-
-    def _merge(self, args: Args) -> Args:
-        # Where nothing merges, chunks of the tokens may come as well.
-        return args if self._map.is_identity else (self._map.merge(args[0]), *args[1:])
-
-
-class StagePatch:
-    """Runs all blocks of a container on merged tokens, and gives every token what its group has gained.
-
-    Of merged tokens `m` the blocks make `f(m)`; a token `x` becomes `x + unmerge(f(m) - m)`, so what tells it
-    from the rest of its group stays.
-    """
-
-    def __init__(self, container: ContainerPatch, family: Family, sites: list[Site]) -> None:
-        self.container = container
-        self.name = sites[0].name
-        self.work = work_of(sites[0], sites, container.owner.config) if container.owner.config.auto else None
-        first, last = sites[0].block, sites[-1].block
-        self.family = family
-        self.tokens = Argument(first, family.tokens)
-        self.carrier = Argument(first, family.carrier) if family.carrier else None
-        handles = container.owner.handles
-        handles.append(first.register_forward_pre_hook(self.merge, with_kwargs=True))
-        for site in sites:
-            for name, enter in (("attn1", self.enter_attn1), ("attn2", self.enter_attn2)):
-                part = getattr(site.block, name, None)
-                if part is not None:
-                    handles.append(part.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(last.register_forward_hook(self.unmerge, with_kwargs=True))
-
-    def merge(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call = self._call(args, kwargs)
-        x = self.tokens.get(args, kwargs)
-        token_map = self.container.plan(self.name, x, call, self.work)
-        assert call is not None  # or there would have been no plan
-        call.stage = Stage(x, token_map, token_map.merge(x))
-        return self.tokens.put(args, kwargs, call.stage.merged)
-
-    def unmerge(self, block: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
-        call = self._call(args, kwargs)
-        stage = self._stage(call)
-        if call is self.container.last:
-            self.container.last = None  # it holds tensors
-        if stage.map.is_identity:
-            return output
-        return stage.x + stage.map.unmerge(output - stage.merged)
-
-    def enter_attn1(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call, kwargs = _take_call(kwargs)
-        _refuse_caches(attn, f"{self.name}.attn1", "merge_stage=True")
-        weigh = self.container.owner.config.prop_attn
-        if not weigh and (self.family.bias is None or kwargs.get(self.family.bias) is None):
-            return args, kwargs
-        token_map = self._stage(call).map
-        return args, _merge_bias(self.name, args[0], kwargs, token_map, self.family, weigh)
-
-    def enter_attn2(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        _, kwargs = _take_call(kwargs)
-        _refuse_caches(attn, f"{self.name}.attn2", "merge_stage=True")
-        _refuse_ip_masks(kwargs, "merge_stage=True")
-        return args, kwargs
-
-    def _call(self, args: Args, kwargs: Kwargs) -> Call | None:
-        if self.carrier is None:
-            return self.container.last
-        return (self.carrier.get(args, kwargs) or {}).get(OWNER)
-
-    def _stage(self, call: Call | None) -> Stage:
-        if call is None or call.stage is None:
-            raise RuntimeError(
-                f"tomesd: a part of the stage of {self.name} was called without the rest of it: call the "
-                "whole network, or remove_patch first"
-            )
-        return call.stage
-
-
-def _pays(work: Work, config: MergeConfig, grid: Grid, x: Tensor) -> bool:
-    # torch.compile may take the sides of an image as unknown; the answer is for these ones.
-    return pays(work, config, index(grid.h), index(grid.w), index(x.shape[0]), x.dtype, x.device)
-
-
-def _take_call(kwargs: Kwargs) -> tuple[Call | None, Kwargs]:
-    """Takes the call out of what a container has handed on to attention."""
-    return kwargs.get(OWNER), {name: value for name, value in kwargs.items() if name != OWNER}
-
-
-def _refuse_caches(attn: nn.Module, name: str, option: str) -> None:
-    hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", {})
-    for cache in CACHES:
-        if cache in hooks:
-            raise ValueError(
-                f"tomesd: {name} is cached by diffusers' {cache}, which gives back the tokens of another "
-                f"step: use either the cache or {option}"
-            )
-
-
-def _refuse_ip_masks(kwargs: Kwargs, option: str) -> None:
-    if kwargs.get("ip_adapter_masks") is not None:
-        raise ValueError(
-            "tomesd: ip_adapter_masks belong to all tokens of the image and cannot be used with "
-            f"{option}: patch without it"
-        )
-
-
-def _merge_bias(
-    name: str, x: Tensor, kwargs: Kwargs, token_map: TokenMap, family: Family, weigh: bool
-) -> Kwargs:
-    """What is added to the logits of `attn1`, for keys that have merged.
-
-    A mask or bias of the keys is merged, `[B, N]` or `[B, 1, N]`; the least visible token decides. If keys
-    are to be weighed, one counts as often as tokens have merged into it.
-    """
-    if family.bias is None or token_map.is_identity or kwargs.get(family.keys) is not None:
-        return kwargs
-    bias: Tensor | None = kwargs.get(family.bias)
-    if bias is not None:
-        least = -token_map.merge(-_mask_of_keys(name, bias, token_map).to(torch.float32), "amax")
-        bias = least.to(bias.dtype).view(*bias.shape[:-1], token_map.groups)
-    if weigh:
-        sizes = token_map.sizes.to(torch.float32).log().to(x.dtype)[:, None].expand(x.shape[0], -1, -1)
-        bias = sizes if bias is None else sizes + bias.view(x.shape[0], 1, -1)
-    return {**kwargs, family.bias: bias}
-
-
-def _mask_of_keys(name: str, bias: Tensor, token_map: TokenMap) -> Tensor:
-    """A mask or bias of keys as `[B, N]`."""
-    if bias.shape[-1] != token_map.tokens or bias.dim() > 3 or (bias.dim() == 3 and bias.shape[1] != 1):
-        raise ValueError(
-            f"tomesd: {name} got a self-attention mask of shape {list(bias.shape)}; only masks of its "
-            f"keys, [B, {token_map.tokens}] or [B, 1, {token_map.tokens}], can be merged"
-        )
-    return bias.flatten(1)
+def _put(targets: Sequence[Target]) -> None:
+    """Patches networks in place of what is on them: all of them or, if there is an error, none."""
+    for target in targets:
+        for sites, by_method in target.containers():
+            for method, own in by_method.items():
+                method.check(str(target.network), own, sites)
+    patches = [NetworkPatch(target.chosen, target.auto) for target in targets]
+    try:
+        for patch, target in zip(patches, targets, strict=True):
+            if any(True for _ in target.containers()):
+                patch.attach(target)
+    except BaseException:
+        for patch in patches:
+            patch.remove()
+        raise
+    for patch, target in zip(patches, targets, strict=True):
+        _detach(target.network.module)
+        if patch.handles:
+            setattr(target.network.module, OWNER, patch)
+    # Compiled programs take the answer as a constant. Marked here, as marking it loads torch._dynamo.
+    torch.compiler.assume_constant_result(cost.pays)
+    recompile()
 
 
 def _detach(network: nn.Module) -> bool:
     """Takes the patch off a network; whether there was one."""
-    owner = patch_of(network)
-    if owner is None:
+    patch = patch_of(network)
+    if patch is None:
         return False
-    for handle in owner.handles:
-        handle.remove()
+    patch.remove()
     delattr(network, OWNER)
     return True
+
+
+def _refuse_others(given: object, legacy: Mapping[str, Any]) -> None:
+    """Options of tomesd 0.1.3 go with a ratio alone: a method has its own."""
+    parameters = inspect.signature(apply_patch).parameters
+    for name, value in legacy.items():
+        if type(value) is not type(parameters[name].default) or value != parameters[name].default:
+            raise TypeError(
+                f"{name}={value!r} goes with a ratio that is a number, not with a {type(given).__name__}: "
+                "methods have options of their own"
+            )
+
+
+def _merge(ratio: Any, sx: Any, sy: Any, use_rand: Any, **parts: Any) -> Merge:
+    """The method that the options of tomesd 0.1.3 name."""
+    if isinstance(ratio, type) and issubclass(ratio, Method):
+        raise TypeError(f"ratio must be a number or a method, got the class {ratio.__name__}: make one first")
+    options.number("ratio", ratio)
+    for name, value in (("use_rand", use_rand), *parts.items()):
+        options.boolean(name, value)
+    names = {"merge_attn": "attn", "merge_crossattn": "cross", "merge_mlp": "mlp"}
+    chosen: Any = tuple(names[name] for name, merge in parts.items() if merge)
+    if not chosen:
+        raise ValueError(f"nothing to merge: {', '.join(names)} are all False")
+    return Merge(ratio, chosen, sx, sy, 0 if use_rand else None)

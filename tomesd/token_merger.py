@@ -7,9 +7,9 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from .matching import match_exact
-from .partition import alternate
-from .token_map import TokenMap
+from .maths.grid import alternate
+from .maths.matching import match_exact
+from .maths.token_map import TokenMap
 
 
 class TokenMerger:

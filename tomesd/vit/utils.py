@@ -1,6 +1,6 @@
 """The names of `tome.utils`."""
 
-from .benchmark import benchmark
-from .schedule import parse_r
+from ..methods.schedule import parse_r
+from ..tools.throughput import benchmark
 
 __all__ = ["benchmark", "parse_r"]

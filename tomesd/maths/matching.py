@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .partition import Grid, Partition
+from .grid import Grid, Partition
 from .token_map import TokenMap, _norm, _take
 
 # Similarities held at once for each sample by exact matching; more are computed in chunks of src rows. The

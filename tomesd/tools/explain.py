@@ -7,12 +7,13 @@ from numbers import Integral
 
 from torch import nn
 
-from . import worth
-from .config import MergeConfig
-from .families import Family, Site, find_networks, find_sites
-from .partition import Grid
-from .patch import left_alone, patch_of, work_of
-from .worth import Left, Work, pays, question
+from ..hosts.family import Site
+from ..hosts.hooks import patch_of
+from ..hosts.unets import find_networks
+from ..methods.choice import ImageNetwork
+from ..methods.cost import pays, trial, work_of
+from ..methods.method import Method
+from ..patch import NetworkPatch
 
 # Images in a batch, for which auto is asked: both guidance halves of one.
 BATCH = 2
@@ -20,9 +21,17 @@ BATCH = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One transformer block: its tokens before and after merging, and the share of its FLOPs saved.
+    """One transformer block at one image size.
 
-    With `keys_only` alone `after` are the keys that are left.
+    Args:
+        name: its path in the model.
+        downsample: how many times smaller its image of tokens is than the latent image.
+        before: its tokens.
+        after: the tokens that its method leaves; with `SampleKeys` the keys.
+        flops: of the whole block without a method, for one sample.
+        saved: share of them that its method saves.
+        left_alone: why it has no method, or None.
+        method: its method, or None.
     """
 
     name: str
@@ -32,6 +41,7 @@ class Row:
     flops: float
     saved: float
     left_alone: str | None = None
+    method: Method | None = None
 
 
 @dataclass(frozen=True)
@@ -49,13 +59,14 @@ class Explanation:
         return sum(row.flops * row.saved for row in self.rows) / total if total else 0.0
 
     def __str__(self) -> str:
-        head = ("block", "downsample", "tokens", "merged", "FLOPs saved", "left alone because")
+        head = ("block", "downsample", "method", "tokens", "left", "FLOPs saved", "left alone because")
         cells = [head]
         for row in self.rows:
             cells.append(
                 (
                     row.name,
                     str(row.downsample),
+                    "-" if row.method is None else str(row.method),
                     str(row.before),
                     str(row.after) if row.left_alone is None else "-",
                     f"{row.saved:.0%}" if row.left_alone is None else "-",
@@ -68,8 +79,8 @@ class Explanation:
         ]
         merged = sum(row.left_alone is None for row in self.rows)
         lines.append(
-            f"{merged} of {len(self.rows)} blocks merge at {self.width} x {self.height} pixels: an estimated "
-            f"{self.saved:.0%} of the FLOPs of these blocks saved"
+            f"{merged} of {len(self.rows)} blocks compute less at {self.width} x {self.height} pixels: an "
+            f"estimated {self.saved:.0%} of the FLOPs of these blocks saved"
         )
         return "\n".join(line.rstrip() for line in lines)
 
@@ -93,7 +104,7 @@ def explain(model: object, height: int | None = None, width: int | None = None) 
     """
     networks = find_networks(model)
     scale = getattr(model, "vae_scale_factor", 8)
-    native = _native_size(networks[0][1])
+    native = _native_size(networks[0].module)
     if width is None:
         width = native[1] * scale if height is None else height
     if height is None:
@@ -102,53 +113,47 @@ def explain(model: object, height: int | None = None, width: int | None = None) 
         if not isinstance(side, Integral) or isinstance(side, bool) or side < scale:
             raise ValueError(f"{name} must be an integer of at least {scale} pixels, got {side!r}")
     rows = []
-    for prefix, network, family in networks:
-        rows += _rows(prefix, network, family, height // scale, width // scale)
+    for network in networks:
+        side = network.family.side(network.module)
+        rows += _rows(network, height // scale // side, width // scale // side)
     return Explanation(height, width, tuple(rows))
 
 
-def _rows(prefix: str, network: nn.Module, family: Family, h: int, w: int) -> list[Row]:
-    owner = patch_of(network)
-    sites = list(find_sites(network, family))
+def _rows(network: ImageNetwork, h: int, w: int) -> list[Row]:
+    patch: NetworkPatch | None = patch_of(network.module)
     rows = []
-    for site in sites:
-        grid_h, grid_w = (-(-side // site.downsample) for side in (h, w))
-        left = everything = Left(*3 * [grid_h * grid_w])
-        reason: str | None = "not patched"
-        config = MergeConfig() if owner is None else owner.config
-        if owner is not None:
-            reason = left_alone(site, sites, config)
-            grid = Grid(grid_h, grid_w, config.sy, config.sx)
-            if reason is None and config.auto:
-                reason = _loss(site, sites, config, grid)
-            if reason is None:
-                left = Left.of(grid, config.ratio)
-        whole = _flops(site.block, everything, everything, config)
-        saved = 1 - _flops(site.block, everything, left, config) / whole
-        name = f"{prefix}.{site.name}" if prefix else site.name
-        after = left.merged if config.matches else left.keys
-        rows.append(Row(name, site.downsample, left.all, after, whole, saved, reason))
+    for site in network.sites:
+        size = tuple(-(-side // site.downsample) for side in (h, w))
+        tokens = left = size[0] * size[1]
+        whole = work_of([site], tuple(site.block.parts)).flops(tokens, tokens)
+        method, saved = "not patched" if patch is None else patch.chosen[site.name], 0.0
+        if isinstance(method, Method) and patch is not None and patch.auto:
+            method = _loss(site, network, patch, method, *size) or method
+        if isinstance(method, Method):
+            left = method.left(*size)
+            work = method.work([site])
+            saved = (work.flops(tokens, tokens) - work.flops(tokens, left)) / whole
+        reason, used = (None, method) if isinstance(method, Method) else (method, None)
+        path = network.path(site)
+        rows.append(Row(path, site.downsample, tokens, left, whole, saved, reason, used))
     return rows
 
 
-def _flops(block: nn.Module, everything: Left, left: Left, config: MergeConfig) -> float:
-    """FLOPs of one sample in a block of which so many tokens are left in the parts that merge."""
-    return sum(
-        Work.of([block], (part,), config).flops(left if part in config.parts else everything)
-        for part in ("attn1", "attn2", "ff")
-    )
-
-
-def _loss(site: Site, sites: list[Site], config: MergeConfig, grid: Grid) -> str | None:
-    """Why `auto` leaves a block alone, or None if merging pays there."""
-    weight = next(site.block.parameters())
+def _loss(
+    site: Site, network: ImageNetwork, patch: NetworkPatch, method: Method, h: int, w: int
+) -> str | None:
+    """Why `auto` leaves a block alone, or None if its method pays there."""
+    weight = next(site.module.parameters())
     if weight.device.type == "meta":
         return None
-    kind = BATCH, weight.dtype, weight.device
-    work = work_of(site, [other for other in sites if left_alone(other, sites, config) is None], config)
-    if pays(work, config, grid.h, grid.w, *kind):
-        return None
-    return f"merging does not pay: {worth.trial(work, *question(config, grid.h, grid.w), *kind)}"
+    own = [
+        other
+        for other in network.sites
+        if other.container is site.container and patch.chosen[other.name] == method
+    ]
+    (group,) = (group for group in method.groups(own) if site in group)
+    question = method.work(group), method, h, w, BATCH, weight.dtype, weight.device
+    return None if pays(*question) else f"it would be slower: {trial(*question)}"
 
 
 def _native_size(network: nn.Module) -> tuple[int, int]:

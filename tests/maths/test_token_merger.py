@@ -79,7 +79,7 @@ def test_sequences_and_padding_keep_to_themselves():
 
 
 def test_long_sequences_are_compared_in_chunks_alike(monkeypatch):
-    from tomesd import matching
+    from tomesd.maths import matching
 
     keys, ids = torch.randn(2, 40, 4), torch.arange(40).div(10, rounding_mode="floor").expand(2, -1)
     want = TokenMerger(keys, 12, sequence_ids=ids).total.index

@@ -7,27 +7,26 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from .families import find_networks, find_sites
-from .partition import Grid
-from .patch import patch_of
-from .token_map import TokenMap
+from ..hosts.hooks import patch_of
+from ..hosts.image import Image
+from ..hosts.unets import find_networks
+from ..maths.token_map import TokenMap
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What one call of a block merged, or with `merge_stage` one call of a whole transformer.
+    """What one call of a block merged, or with `MergeStage` one call of a whole transformer.
 
     Args:
-        block: its path, as in `explain`; with `merge_stage` that of the transformer's first block.
+        block: its path, as in `explain`; with `MergeStage` that of the transformer's first block.
         downsample: how many times smaller its image of tokens is than the latent image.
         step: how often its network had been called before since the trace began. That is the step of the
             denoising loop, where each step makes one call.
         timestep: of the first sample.
         h: height of the image in tokens.
         w: width of the image in tokens.
-        map: which of the `h * w` tokens merged, on the CPU. With `keys_only` alone nothing merges: its `keep`
+        map: which of the `h * w` tokens merged, on the CPU. With `SampleKeys` nothing merges: its `keep`
             are the tokens that all look at, and each other one is listed with one of its cell. Its samples
             are those of the call: in pipelines with guidance first the unconditional ones, then as many
             conditional ones. `map.is_identity` where `auto` left the block alone.
@@ -73,31 +72,27 @@ def trace(model: object, steps: Iterable[int] | None = None) -> Iterator[list[Pl
     plans: list[Plan] = []
     networks = find_networks(model)
     recorders = []
-    for prefix, network, family in networks:
-        owner = patch_of(network)
-        if owner is not None:
-            sites = {site.name: site.downsample for site in find_sites(network, family)}
-            recorders.append((owner, Recorder(prefix, sites, steps, plans)))
+    for network in networks:
+        patch = patch_of(network.module)
+        if patch is not None:
+            recorders.append((patch, Recorder(network.name, steps, plans)))
     if not recorders:
-        kinds = ", ".join(type(network).__name__ for _, network, _ in networks)
+        kinds = ", ".join(type(network.module).__name__ for network in networks)
         raise ValueError(f"nothing merges in {kinds}: apply_patch comes first")
     with ExitStack() as stack:
         if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for owner, recorder in recorders:
-            owner.recorders.append(recorder)
-            stack.callback(owner.recorders.remove, recorder)
+        for patch, recorder in recorders:
+            patch.listeners.append(recorder)
+            stack.callback(patch.listeners.remove, recorder)
         yield plans
 
 
 class Recorder:
     """Notes the plans of one network."""
 
-    def __init__(
-        self, prefix: str, downsample: dict[str, int], steps: Collection[int] | None, plans: list[Plan]
-    ) -> None:
+    def __init__(self, prefix: str, steps: Collection[int] | None, plans: list[Plan]) -> None:
         self.prefix = f"{prefix}." if prefix else ""
-        self.downsample = downsample
         self.steps = steps
         self.plans = plans
         self.step = -1
@@ -105,10 +100,11 @@ class Recorder:
     def begin(self) -> None:
         self.step += 1
 
-    def note(self, name: str, timestep: Tensor | float, grid: Grid, batch: int, token_map: TokenMap) -> None:
+    def note(self, block: str, image: Image, batch: int, token_map: TokenMap) -> None:
         if self.steps is not None and self.step not in self.steps:
             return
-        number = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+        t = image.timestep
+        number = float(t.flatten()[0] if isinstance(t, torch.Tensor) else t)
         kept = TokenMap(*(part.expand(batch, -1).cpu() for part in (token_map.index, token_map.keep)))
-        block = self.prefix + name
-        self.plans.append(Plan(block, self.downsample[name], self.step, number, grid.h, grid.w, kept))
+        name = self.prefix + block
+        self.plans.append(Plan(name, image.downsample, self.step, number, image.h, image.w, kept))

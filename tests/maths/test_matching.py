@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tomesd import matching
 from tomesd.bench import memory
-from tomesd.matching import Windows, match_exact, match_windowed
-from tomesd.partition import Grid, Partition, alternate, cell_offsets, every_kth, random_src
+from tomesd.maths import matching
+from tomesd.maths.grid import Grid, Partition, alternate, cell_offsets, every_kth, random_src
+from tomesd.maths.matching import Windows, match_exact, match_windowed
 
 SIZES = st.integers(1, 23)
 STRIDES = st.integers(1, 5)

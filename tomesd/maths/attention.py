@@ -1,4 +1,6 @@
-"""Proportional attention: a key that stands for several tokens counts as many times (Bolya et al., 2023).
+"""What attention needs of tokens that have merged: their rotary embeddings, and weights of keys.
+
+Proportional attention: a key that stands for several tokens counts as many times (Bolya et al., 2023).
 
 That adds the logarithm of its size to the logits of a key. Where a kernel takes no such bias without losing
 its speed, the same is computed by two more channels of queries and keys.
@@ -15,6 +17,26 @@ from torch import Tensor
 
 # Kernels on CUDA take head sizes in steps of this.
 ALIGNMENT = 8
+
+
+def take_rope(rope: Any, keep: Tensor) -> Any:
+    """The rotary embeddings of some of the tokens.
+
+    Args:
+        rope: `[P, D]`, `[heads, P, D]` or `[B or 1, heads or 1, P, D]`, or a tuple of such, or None.
+        keep: positions of these tokens, int64 `[B or 1, K]`.
+
+    Returns:
+        `[B, heads or 1, K, D]`, or a tuple of such, or None.
+    """
+    if isinstance(rope, tuple):
+        return tuple(take_rope(part, keep) for part in rope)
+    if rope is None:
+        return None
+    while rope.dim() < 4:
+        rope = rope[None]
+    b, heads, _, d = torch.broadcast_shapes(rope.shape, (keep.shape[0], 1, 1, 1))
+    return rope.expand(b, -1, -1, -1).gather(2, keep[:, None, :, None].expand(b, heads, -1, d))
 
 
 def key_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,7 +99,7 @@ def biased_attention(
         query: `[B, heads, L, D]`.
         key: `[B, heads, N, D]`.
         value: `[B, heads, N, D]`.
-        bias: added to the logits of each key, `[B, 1, 1, N]`.
+        bias: added to the logits of each key, `[B, 1 or heads, 1, N]`.
     """
     d, dv = query.shape[-1], value.shape[-1]
     scale = d**-0.5 if scale is None else scale

@@ -13,11 +13,7 @@ from PIL import Image
 
 import tomesd
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def picture(side=128):
@@ -214,7 +210,7 @@ def test_forward_chunking_and_merge_mlp_exclude_each_other():
     unet = tiny.unet()
     tomesd.apply_patch(unet, merge_mlp=True)
     chunk_feed_forward(unet, 4)
-    with pytest.raises(ValueError, match=r"merge_mlp=True and chunked feed-forward exclude each other"):
+    with pytest.raises(ValueError, match="Chunked feed-forward and merging it exclude each other"):
         tiny.CASES["sd"](unet)
     tomesd.apply_patch(unet, ratio=0, merge_mlp=True)
     chunked = tiny.CASES["sd"](unet)
@@ -376,25 +372,44 @@ def test_guidance_halves_may_be_called_apart():
     torch.testing.assert_close(many[1:], unet(x[1:], 20, text[1:]).sample, atol=1e-5, rtol=1e-4)
 
 
-def test_numbers_as_timesteps_and_other_sizes_compile():
-    unet = tiny.small_unet()
-    tomesd.apply_patch(unet, np.float32(0.5), sx=np.int64(2))
+def test_numbers_as_timesteps_compile():
+    unet = tiny.small_unet(mid_block_type=None)
+    tomesd.apply_patch(unet)
     compiled = torch.compile(unet, backend="eager", fullgraph=True)
-    for h, w, t in ((16, 16, 500.0), (16, 16, 400.5), (16, 24, 300.25), (24, 16, 7)):
-        x, text = tiny.inputs(h, w, 2)
+    x, text = tiny.inputs(16, 16, 2)
+    for t in (500.0, 400.5, 7):
         torch.testing.assert_close(compiled(x, t, text).sample, unet(x, t, text).sample, atol=1e-5, rtol=1e-4)
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("options", [{}, {"reuse": 2}, {"merge_stage": True}, {"auto": True}])
+def test_sizes_that_torch_compile_leaves_open():
+    unet = tiny.small_unet()
+    tomesd.apply_patch(unet)
+    container = unet.down_blocks[0].attentions[0]
+    compiled = torch.compile(container, backend="eager", fullgraph=True, dynamic=True)
+    text = torch.randn(2, 7, tiny.TEXT)
+    for h, w in ((16, 24), (24, 16)):
+        x = torch.randn(2, 16, h, w)
+        got, want = (run(x, text, return_dict=False)[0] for run in (compiled, container))
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratio": tomesd.Merge()},
+        {"ratio": tomesd.SampleKeys()},
+        {"ratio": tomesd.MergeStage()},
+        {"auto": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("blocks", [False, True])
 def test_a_denoising_loop_compiles_once(blocks, options):
     pipe = tiny.sd(unet=tiny.small_unet())
-    # Compiled as a whole, a network makes new plans in each step.
-    eager = {"reuse": 1} if "reuse" in options and not blocks else options
-    tomesd.apply_patch(pipe, max_downsample=8, **eager)
-    want = tiny.generate(pipe, num_inference_steps=5)
     tomesd.apply_patch(pipe, max_downsample=8, **options)
+    want = tiny.generate(pipe, num_inference_steps=5)
     if blocks:
         pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
     else:
@@ -405,7 +420,7 @@ def test_a_denoising_loop_compiles_once(blocks, options):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("options", [{}, {"merge_stage": True, "reuse": 1}])
+@pytest.mark.parametrize("options", [{}, {"ratio": tomesd.MergeStage()}], ids=str)
 @pytest.mark.parametrize("way", ["wrapper", "in place", "blocks"])
 def test_patching_after_compiling(way, options):
     unet = tiny.small_unet()

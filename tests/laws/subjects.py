@@ -1,0 +1,152 @@
+"""What the laws are about: a tiny real model of every family, and how to call, patch and break it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import tiny
+import tiny_vit
+import torch
+from torch import Tensor, nn
+
+import tomesd
+import tomesd.vit as tome
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A family of models.
+
+    Args:
+        name: of the family.
+        build: makes a model.
+        call: its output for `b` samples, `call(model, b)`; more arguments give other inputs.
+        options: ways to patch it, by name.
+        patch: `patch(model, options)` patches it; `strength=0` so that nothing merges.
+        remove: takes the patch off.
+        inside: a module that runs in the middle of a forward.
+        checkpoint: `checkpoint(model, on)` switches activation checkpointing; None: it has none.
+        compiles: whether torch.compile makes one graph of the unpatched model.
+        travels: whether what one forward has planned travels with it, so that several may run before a
+            backward.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    call: Callable[..., Tensor]
+    options: dict[str, Any]
+    patch: Callable[..., Any]
+    remove: Callable[[nn.Module], Any]
+    inside: Callable[[nn.Module], nn.Module]
+    checkpoint: Callable[[nn.Module, bool], None] | None = None
+    compiles: bool = True
+    travels: bool = True
+
+    @property
+    def weights(self) -> Callable[[nn.Module], list[nn.Parameter]]:
+        """Weights whose gradients are compared."""
+        return lambda model: (
+            [p for name, p in model.named_parameters() if "to_q" in name or "qkv" in name]
+            or [p for p in model.parameters() if p.dim() > 1 and p.requires_grad]
+        )
+
+
+METHODS = {
+    "merge": tomesd.Merge(0.5),
+    "merge all parts": tomesd.Merge(0.5, parts=("attn", "cross", "mlp")),
+    "exact": tomesd.Merge(0.5, matching="exact"),
+    "proportional": tomesd.Merge(0.5, parts=("attn", "cross"), prop_attn=True),
+    "sample": tomesd.SampleKeys(0.5),
+    "stage": tomesd.MergeStage(0.5),
+    "stage, proportional": tomesd.MergeStage(0.5, prop_attn=True),
+}
+LAYERS: dict[str, dict[str, Any]] = {
+    "layers": {},
+    "as ToMe": {"metric": "keys", "mode": "mean"},
+    "without sizes": {"prop_attn": False},
+}
+SCHEDULE = [7, 0, 9, 40]
+
+
+def patch_unet(model: nn.Module, method: tomesd.Method, strength: float = 1, **options: Any) -> None:
+    weaker = type(method).from_dict({**method.to_dict(), "ratio": strength * method.ratio})
+    tomesd.apply_patch(model, weaker, **options)
+
+
+def patch_vit(model: nn.Module, options: dict[str, Any], strength: float = 1) -> None:
+    tome.apply_patch(model, **options)
+    model.r = [int(strength * r) for r in SCHEDULE]
+
+
+def checkpoint_unet(model: nn.Module, on: bool) -> None:
+    (model.enable_gradient_checkpointing if on else model.disable_gradient_checkpointing)()
+
+
+def checkpoint_ldm(model: nn.Module, on: bool) -> None:
+    for module in model.modules():
+        for name in ("checkpoint", "use_checkpoint"):
+            if hasattr(module, name):
+                setattr(module, name, on)
+
+
+def checkpoint_vit(model: nn.Module, on: bool) -> None:
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(on)
+    elif on:
+        model.gradient_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def subjects() -> Iterator[Subject]:
+    for name, case in tiny.CASES.items():
+        compvis = name == "ldm"
+        checkpoint: Any = checkpoint_unet if case.checkpoints else None
+        yield Subject(
+            name,
+            case.build,
+            case,
+            {k: m for k, m in METHODS.items() if not (compvis and getattr(m, "prop_attn", False))},
+            patch_unet,
+            tomesd.remove_patch,
+            lambda model: next(
+                m for n, m in model.named_modules() if n.endswith("attn1") and "motion" not in n
+            ),
+            checkpoint_ldm if compvis else checkpoint,
+            compiles=not compvis,
+            travels=case.travels,
+        )
+    for name, vit in tiny_vit.CASES.items():
+        yield Subject(
+            name,
+            vit.build,
+            vit,
+            LAYERS,
+            patch_vit,
+            tome.remove_patch,
+            lambda model, vit=vit: next(vit.blocks(model)[2].children()),
+            None if name == "torchvision" else checkpoint_vit,
+        )
+
+
+SUBJECTS = {subject.name: subject for subject in subjects()}
+
+
+def traces(model: nn.Module) -> list[Any]:
+    """Everything on a model that tomesd could have left there."""
+    found: list[Any] = []
+    for module in model.modules():
+        found += [name for name in vars(module) if "tome" in name or name == "r"]
+        found += [
+            hook for name, hooks in vars(module).items() if name.endswith("_hooks") for hook in hooks.values()
+        ]
+    return found
+
+
+def gradients(subject: Subject, model: nn.Module, *calls: dict[str, Any]) -> list[Tensor | None]:
+    """Gradients of the summed outputs of some calls."""
+    torch.manual_seed(0)  # of stochastic depth
+    loss = torch.stack([subject.call(model, **call).square().mean() for call in calls or ({},)]).sum()
+    return list(torch.autograd.grad(loss, subject.weights(model), allow_unused=True))

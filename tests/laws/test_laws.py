@@ -1,0 +1,393 @@
+"""The laws of a patch, on a tiny real model of every family: those that draw, and vision transformers."""
+
+import copy
+import io
+import itertools
+import threading
+from functools import partial
+
+import pytest
+import torch
+from subjects import METHODS, SUBJECTS, Subject, gradients, traces
+from torch.utils.checkpoint import checkpoint
+
+import tomesd
+
+DRAWING = [subject for subject in SUBJECTS.values() if set(subject.options) <= set(METHODS)]
+# Laws that take long run on these: one for each way in which families differ.
+FEW = [
+    SUBJECTS[name]
+    for name in ("sd", "sdxl", "svd", "pixart", "timm ViT", "timm EVA02", "transformers DINOv2")
+]
+
+subjects = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+few = pytest.mark.parametrize("subject", FEW, ids=lambda subject: subject.name)
+drawing = pytest.mark.parametrize("subject", DRAWING, ids=lambda subject: subject.name)
+each_option = pytest.mark.parametrize(
+    ("subject", "option"),
+    [pytest.param(s, o, id=f"{s.name}-{o}") for s in SUBJECTS.values() for o in s.options],
+)
+each_method = pytest.mark.parametrize(
+    ("subject", "option"), [pytest.param(s, o, id=f"{s.name}-{o}") for s in DRAWING for o in s.options]
+)
+some_options = pytest.mark.parametrize(
+    ("subject", "option"),
+    [
+        pytest.param(s, o, id=f"{s.name}-{o}")
+        for s in SUBJECTS.values()
+        for o in s.options
+        if o in ("merge", "sample", "stage", "layers")
+    ],
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a, b)
+
+
+def close(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@each_option
+def test_a_patch_changes_the_output_and_removal_restores_it(subject: Subject, option):
+    model = subject.build()
+    plain = subject.call(model)
+    subject.patch(model, subject.options[option])
+    patched = subject.call(model)
+    assert patched.shape == plain.shape
+    assert 0 < (patched - plain).norm() < plain.norm()
+    assert subject.remove(model) is model
+    assert same(subject.call(model), plain)
+    assert traces(model) == []
+
+
+@each_option
+def test_where_nothing_merges_the_output_is_plain_to_the_bit(subject: Subject, option):
+    model = subject.build()
+    plain = subject.call(model)
+    subject.patch(model, subject.options[option], strength=0)
+    assert same(subject.call(model), plain)
+
+
+@subjects
+def test_patching_anew_replaces_the_patch(subject: Subject):
+    model = subject.build()
+    one, other = list(subject.options.values())[:2]
+    subject.patch(model, one)
+    first = subject.call(model)
+    hooks = len(traces(model))
+    subject.patch(model, other)
+    assert not same(subject.call(model), first)
+    subject.patch(model, one)
+    assert same(subject.call(model), first)
+    assert len(traces(model)) == hooks
+    subject.remove(model)
+    assert traces(model) == []
+
+
+@subjects
+def test_a_patch_that_fails_half_way_leaves_the_model_as_it_was(subject: Subject, monkeypatch):
+    """The last hook cannot be registered."""
+    model = subject.build()
+    option, *_ = subject.options.values()
+    for before in (False, True):
+        if before:
+            subject.patch(model, option)
+        want, found = subject.call(model), len(traces(model))
+        count = 0
+
+        def register(module, *args, original=torch.nn.Module.register_forward_hook, **kwargs):
+            nonlocal count
+            count += 1
+            if count == 3:
+                raise OSError("on purpose")
+            return original(module, *args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.nn.Module, "register_forward_hook", register)
+            with pytest.raises(OSError, match="on purpose"):
+                subject.patch(model, list(subject.options.values())[-1])
+        assert len(traces(model)) == found
+        assert same(subject.call(model), want)
+
+
+@some_options
+def test_samples_do_not_depend_on_their_batch(subject: Subject, option):
+    model = subject.build()
+    subject.patch(model, subject.options[option])
+    torch.testing.assert_close(subject.call(model, b=1)[0], subject.call(model, b=3)[0], atol=1e-4, rtol=1e-3)
+
+
+@some_options
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
+def test_copies_are_patched_and_can_be_restored(subject: Subject, option, copied):
+    model = subject.build()
+    plain = subject.call(model)
+    subject.patch(model, subject.options[option])
+    patched = subject.call(model)
+    if copied == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert same(subject.call(twin), patched)
+    subject.remove(twin)
+    assert traces(twin) == []
+    assert same(subject.call(twin), plain)
+    assert same(subject.call(model), patched)
+
+
+@subjects
+def test_the_state_dict_is_untouched_and_loads(subject: Subject):
+    model = subject.build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    subject.patch(model, next(iter(subject.options.values())))
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(map(torch.equal, after.values(), before.values()))
+    model.load_state_dict(before)
+
+
+@subjects
+def test_autocast(subject: Subject):
+    model = subject.build()
+    for option in subject.options.values():
+        subject.patch(model, option)
+        want = subject.call(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = subject.call(model).float()
+        assert torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 0.7
+
+
+@some_options
+def test_checkpointing_gives_the_same_gradients(subject: Subject, option):
+    if subject.checkpoint is None:
+        pytest.skip("has no activation checkpointing")
+    model = subject.build().train()
+    subject.patch(model, subject.options[option])
+    with torch.enable_grad():
+        subject.checkpoint(model, False)
+        plain = gradients(subject, model)
+        assert any(g is not None and g.abs().sum() > 0 for g in plain)
+        subject.checkpoint(model, True)
+        close(gradients(subject, model), plain)
+    copy.deepcopy(model)  # nothing with a history is left on it
+
+
+@drawing
+def test_checkpointing_recomputes_each_of_several_forwards_as_it_was(subject: Subject):
+    if subject.checkpoint is None or not subject.travels:
+        pytest.skip("has no activation checkpointing, or passes nothing on to its blocks")
+    model = subject.build().train()
+    calls = ({"t": 500}, {"h": 8, "w": 32, "t": 100}, {"h": 8, "w": 8, "t": torch.tensor([7, 900])})
+    for option in ("merge", "sample", "stage, proportional"):
+        subject.patch(model, subject.options[option])
+        with torch.enable_grad():
+            plain = gradients(subject, model, *calls)
+            subject.checkpoint(model, True)
+            close(gradients(subject, model, *calls), plain)
+            subject.checkpoint(model, False)
+
+
+@drawing
+def test_parts_that_are_checkpointed_whole_give_the_same_gradients(subject: Subject):
+    """As FSDP and the like wrap them: containers are called again in the backward pass."""
+    model = subject.build()
+    stages = [*getattr(model, "down_blocks", []), *getattr(model, "up_blocks", [])]
+    if not stages:
+        pytest.skip("has no such parts")
+
+    def both():
+        with torch.enable_grad():
+            plain = gradients(subject, model, {"t": 300})
+            try:
+                for stage in stages:
+                    stage.forward = partial(checkpoint, stage.forward, use_reentrant=False)
+                return gradients(subject, model, {"t": 300}), plain
+            finally:
+                for stage in stages:
+                    vars(stage).pop("forward", None)
+
+    if not all(torch.equal(a, b) for a, b in zip(*both(), strict=True) if a is not None):
+        pytest.skip("the network itself cannot")
+    for option in ("merge", "sample", "stage"):
+        subject.patch(model, subject.options[option], max_downsample=8)
+        close(*both())
+
+
+@some_options
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_an_exception_inside_a_forward_leaves_the_model_usable(subject: Subject, option, before):
+    model = subject.build()
+    plain = subject.call(model)
+    subject.patch(model, subject.options[option])
+    patched = subject.call(model)
+
+    def fail(*_):
+        raise KeyError("on purpose")
+
+    inside = subject.inside(model)
+    handle = (inside.register_forward_pre_hook if before else inside.register_forward_hook)(fail)
+    with torch.enable_grad(), pytest.raises(KeyError, match="on purpose"):
+        subject.call(model)
+    handle.remove()
+    assert same(subject.call(copy.deepcopy(model)), patched)
+    assert same(subject.call(model), patched)
+    subject.remove(model)
+    assert same(subject.call(model), plain)
+
+
+@some_options
+def test_threads_on_one_model_do_not_meet(subject: Subject, option):
+    model = subject.build()
+    subject.patch(model, subject.options[option])
+    drawn = set(subject.options) <= set(METHODS)
+    calls = [
+        {"b": 1 + i % 2, **({"t": 900 - 200 * i, "h": 8 + 8 * (i % 2)} if drawn else {})} for i in range(4)
+    ]
+    want = [subject.call(model, **call) for call in calls]
+    wrong: list[object] = []
+
+    def run(i):
+        try:
+            with torch.no_grad():
+                for _ in range(4):
+                    got = subject.call(model, **calls[i])
+                    if got.shape != want[i].shape or not torch.allclose(got, want[i], atol=1e-5):
+                        wrong.append(calls[i])
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("subject", "option"),
+    [pytest.param(s, o, id=f"{s.name}-{o}") for s in FEW for o in s.options if "," not in o and o != "exact"],
+)
+def test_compiles_to_one_graph_and_not_again_from_call_to_call(subject: Subject, option):
+    torch.compiler.reset()
+    model = subject.build()
+    subject.patch(model, subject.options[option])
+    drawn = set(subject.options) <= set(METHODS)
+    calls = [{"t": t} for t in (500, 400, 1)] if drawn else [{}] * 3
+    want = [subject.call(model, **call) for call in calls]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(subject.call(compiled, **calls[0]), want[0], atol=1e-4, rtol=1e-4)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for call, expected in zip(calls[1:], want[1:], strict=True):
+            torch.testing.assert_close(subject.call(compiled, **call), expected, atol=1e-4, rtol=1e-4)
+    torch.compiler.reset()
+
+
+@few
+def test_compiled_models_of_a_class_keep_apart(subject: Subject):
+    """By default torch.compile does not look at hooks, and would run one's code for the other."""
+    models = [subject.build(), subject.build()]
+    subject.patch(models[1], next(iter(subject.options.values())))
+    want = [subject.call(model) for model in models]
+    assert not torch.equal(*want)
+    compiled = [torch.compile(model, backend="eager") for model in models]
+    for i in (0, 1, 0, 1):
+        torch.testing.assert_close(subject.call(compiled[i]), want[i], atol=1e-5, rtol=1e-4)
+    torch.compiler.reset()
+
+
+# What holds for networks that draw alone: they know steps and sizes.
+
+
+@each_method
+def test_same_seed_same_result_whatever_ran_before(subject: Subject, option):
+    model, method = subject.build(), subject.options[option]
+    subject.patch(model, method)
+    first = subject.call(model)
+    state = torch.get_rng_state()
+    subject.call(model, h=8, w=24, t=9)
+    subject.call(model, t=400)
+    assert same(subject.call(model), first)
+    assert same(torch.get_rng_state(), state)
+    subject.patch(model, type(method).from_dict({**method.to_dict(), "seed": 4}))
+    assert not same(subject.call(model), first)
+
+
+@drawing
+def test_the_timestep_moves_the_partition_unless_there_is_no_seed(subject: Subject):
+    model = subject.build()
+    for method, moves in ((tomesd.Merge(0.5), True), (tomesd.Merge(0.5, seed=None), False)):
+        tomesd.apply_patch(model, method)
+        with tomesd.trace(model) as plans:
+            for t in (500, 400):
+                subject.call(model, t=t)
+        half = len(plans) // 2
+        assert (plans[0].timestep, plans[half].timestep) == (500, 400)
+        # What stays of all cells is the tokens that others may merge into.
+        sizes = [plan.map.sizes.gather(1, plan.map.index) for plan in (plans[0], plans[half])]
+        dst = [
+            torch.zeros_like(plan.map.index, dtype=torch.bool).scatter(1, plan.map.keep, True) & (size > 1)
+            for plan, size in zip((plans[0], plans[half]), sizes, strict=True)
+        ]
+        assert same(*dst) != moves or not moves
+        if moves:
+            assert not same(*dst)
+
+
+@drawing
+@pytest.mark.parametrize("size", [(17, 23), (8, 24), (8, 8)], ids=str)
+def test_odd_sizes(subject: Subject, size):
+    model = subject.build()
+    try:
+        subject.call(model, *size, b=1)
+    except (RuntimeError, ValueError) as error:
+        pytest.skip(f"the network itself cannot: {error}")
+    for method, max_downsample in itertools.product(subject.options.values(), (None, 8)):
+        tomesd.apply_patch(model, method, max_downsample)
+        assert torch.isfinite(subject.call(model, *size, b=1)).all()
+
+
+@drawing
+def test_levels_without_blocks_are_an_error_that_leaves_the_model_alone(subject: Subject):
+    model = subject.build()
+    finest = min(row.downsample for row in tomesd.explain(model).rows)
+    for downsample in (1, 2, 4, 8):
+        if downsample < finest:
+            with pytest.raises(ValueError, match="nothing to merge"):
+                tomesd.apply_patch(model, max_downsample=downsample)
+            assert traces(model) == []
+        else:
+            tomesd.apply_patch(model, max_downsample=downsample)
+            tomesd.remove_patch(model)
+
+
+@drawing
+def test_runs_in_bfloat16(subject: Subject):
+    if not subject.compiles:
+        pytest.skip("CompVis' timestep embedding is float32 only")
+    model = subject.build()
+    tomesd.apply_patch(model)
+    want = subject.call(model)
+    got = subject.call.call(model.to(torch.bfloat16), *half_inputs(), torch.tensor(500))
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - want).norm() < 0.2 * want.norm()
+
+
+def half_inputs():
+    import tiny
+
+    return (part.to(torch.bfloat16) for part in tiny.inputs(16, 16, 2))

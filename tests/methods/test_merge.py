@@ -1,0 +1,95 @@
+"""Merge: tomesd's own method, and agreement with tomesd 0.1.3."""
+
+import pytest
+import tiny
+import torch
+
+import tomesd
+from tomesd import TokenMap
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.mark.parametrize("case", ["sd", "ldm"])
+@pytest.mark.parametrize(
+    ("max_downsample", "theirs", "options"),
+    [
+        (1, {}, {}),
+        (8, {"ratio": 0.75}, {"ratio": 0.75}),
+        (
+            2,
+            {"ratio": 0.6, "merge_crossattn": True, "merge_mlp": True},
+            {"ratio": 0.6, "parts": ("attn", "cross", "mlp")},
+        ),
+        (4, {"ratio": 0.7, "sx": 4, "sy": 2}, {"ratio": 0.7, "sx": 4, "sy": 2}),
+        (1, {"ratio": 0.3, "merge_attn": False, "merge_mlp": True}, {"ratio": 0.3, "parts": ("mlp",)}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(16, 16), (24, 16)])
+def test_equals_tomesd_0_1_3(case, max_downsample, theirs, options, size):
+    old = tiny.peer("tomesd", "tomesd_0_1_3")
+    case = tiny.CASES[case]
+    model = case.build()
+    plain = case(model, *size)
+    old.apply_patch(model, use_rand=False, max_downsample=max_downsample, **theirs)
+    want = case(model, *size)
+    old.remove_patch(model)
+    tomesd.apply_patch(model, tomesd.Merge(matching="exact", seed=None, **options), max_downsample)
+    ours = case(model, *size)
+    assert (want - plain).abs().max() > 1e-3
+    torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-5)
+
+
+def test_functional_api_equals_tomesd_0_1_3_but_for_the_order_of_tokens():
+    old = tiny.peer("tomesd", "tomesd_0_1_3")
+    metric, x = torch.randn(2, 7 * 9, 8), torch.randn(2, 7 * 9, 3)
+    for r in (0, 10, 40, 1000):
+        ours = tomesd.merge.bipartite_soft_matching_random2d(metric, 9, 7, 2, 3, r, no_rand=True)
+        theirs = old.merge.bipartite_soft_matching_random2d(metric, 9, 7, 2, 3, r, no_rand=True)
+        assert ours[0](x).shape == theirs[0](x).shape
+        torch.testing.assert_close(ours[1](ours[0](x)), theirs[1](theirs[0](x)))
+    drawn = [torch.Generator().manual_seed(5) for _ in range(2)]
+    ours = tomesd.merge.bipartite_soft_matching_random2d(metric, 9, 7, 2, 2, 20, generator=drawn[0])
+    theirs = old.merge.bipartite_soft_matching_random2d(metric, 9, 7, 2, 2, 20, generator=drawn[1])
+    torch.testing.assert_close(ours[1](ours[0](x)), theirs[1](theirs[0](x)))
+    assert torch.equal(drawn[0].get_state(), drawn[1].get_state())
+
+
+def test_proportional_attention_is_exact_where_equal_tokens_merge(monkeypatch):
+    torch.manual_seed(0)
+    unet = tiny.small_unet()
+    container = unet.down_blocks[0].attentions[0]
+    index = torch.randint(16, (1, 64))  # groups of very different sizes
+    image = torch.randn(2, 16, 16)[:, :, index[0]].unflatten(2, (8, 8))
+    text = torch.randn(2, 7, tiny.TEXT)
+    plain = container(image, text).sample
+    for method in (tomesd.Merge(), tomesd.Merge(prop_attn=True), tomesd.MergeStage(prop_attn=True)):
+        monkeypatch.setattr(type(method), "plan", lambda self, x, image: TokenMap.from_index(index, 16))
+        tomesd.apply_patch(unet, method)
+        error = (container(image, text).sample - plain).abs().max()
+        assert error < 1e-5 if method.prop_attn else error > 1e-3
+
+
+def test_attention_that_takes_no_bias_is_refused():
+    model = tiny.ldm()
+    with pytest.raises(ValueError, match=r"of model\.diffusion_model takes no bias, which prop_attn"):
+        tomesd.apply_patch(model, tomesd.Merge(prop_attn=True))
+    assert {row.left_alone for row in tomesd.explain(model).rows} == {"not patched"}
+
+
+def test_blocks_and_parts_called_alone_say_so():
+    unet = tiny.small_unet()
+    tomesd.apply_patch(unet)
+    container = unet.down_blocks[0].attentions[0]
+    block = container.transformer_blocks[0]
+    with pytest.raises(RuntimeError, match="given 9 tokens and no image: call the whole network"):
+        block(torch.randn(1, 9, 16))
+    with pytest.raises(RuntimeError, match="given no tokens and no image: call the whole network"):
+        block.attn1(torch.randn(1, 9, 16))
+    tomesd.apply_patch(unet, merge_attn=False, merge_mlp=True)
+    with pytest.raises(RuntimeError, match="called without its block"):
+        block.ff(torch.randn(1, 9, 16))
+    image, text = torch.randn(1, 16, 4, 6), torch.randn(1, 7, tiny.TEXT)
+    by_position = container(image, text).sample
+    assert torch.equal(container(encoder_hidden_states=text, hidden_states=image).sample, by_position)

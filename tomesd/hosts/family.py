@@ -1,0 +1,208 @@
+"""What a family of models looks like, as data, and how its networks are found in a model.
+
+Classes are recognised by name along the MRO, so nothing third-party is imported to know a model. UNets and
+vision transformers share these records; their rows are in `unets.py` and `vits.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Generic, TypeVar
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module of a block that takes tokens and returns tokens.
+
+    Args:
+        path: where it is in the block.
+        tokens: the parameter of its forward that is the tokens.
+        output: which item of its output is the tokens, where that is a tuple.
+        keys: of an attention: the parameter, if any, of other tokens to take keys and values from.
+        bias: of an attention: the parameter, if any, that is added to the logits of each key.
+        rope: of an attention: the parameter, if any, that holds rotary embeddings of the tokens.
+        key_layer: of an attention: the module in it whose output is the keys, `[B, heads, N, D]` or
+            `[B, N, heads * D]`.
+        sees_text: whether an attention takes its keys from the text: yes, no, or an attribute of the block
+            (`"attn1.is_cross_attention"`) that says so.
+    """
+
+    path: str
+    tokens: str = "hidden_states"
+    output: int | None = None
+    keys: str | None = None
+    bias: str | None = None
+    rope: str | None = None
+    key_layer: str | None = None
+    sees_text: bool | str = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parts of a transformer block. What a family's blocks do not have stays None.
+
+    Args:
+        input: the module that is given the block's tokens first of all.
+        attn: self-attention.
+        cross: cross-attention.
+        mlp: the feed-forward layers.
+        middle: the module that is given the tokens after attention, where those of ViTs merge.
+        end: the last module that sees what the second half adds to the tokens.
+        tokens: the parameter of the block's forward that is the tokens.
+    """
+
+    input: str
+    attn: Part
+    cross: Part | None = None
+    mlp: Part | None = None
+    middle: str | None = None
+    end: str | None = None
+    tokens: str = "hidden_states"
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The parts that take tokens and return as many, by the name that options have for them."""
+        named = {"attn": self.attn, "cross": self.cross, "mlp": self.mlp}
+        return {name: part for name, part in named.items() if part is not None}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of networks.
+
+    Args:
+        name: what people call it.
+        networks: classes of the whole network.
+        blocks: classes of its transformer blocks, and the parts of each.
+    """
+
+    name: str
+    networks: tuple[str, ...]
+    blocks: dict[str, Block]
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a module is a network of this family."""
+        return is_named(module, self.networks)
+
+    def sites(self, network: nn.Module) -> Iterator[Site]:
+        """The transformer blocks of a network, in the order of its forward pass."""
+        raise NotImplementedError
+
+    def block(self, module: nn.Module) -> Block | None:
+        """The parts of a module that is a block of this family, else None."""
+        return next((row for kind, row in self.blocks.items() if is_named(module, (kind,))), None)
+
+
+AnyFamily = TypeVar("AnyFamily", bound=Family)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A transformer block of a network, and where in it.
+
+    Args:
+        name: its path in the network.
+        module: the block.
+        block: its parts.
+        container: the module whose input is the image of the block's tokens.
+        level: how often the resolution was halved before it.
+    """
+
+    name: str
+    module: nn.Module
+    block: Block
+    container: nn.Module
+    level: int = 0
+
+    @property
+    def downsample(self) -> int:
+        """How many times smaller its image is than the network's input."""
+        return 2**self.level
+
+    def part(self, name: str) -> nn.Module | None:
+        """The module of one of `attn`, `cross` and `mlp`, if this block has one."""
+        part = self.block.parts.get(name)
+        return None if part is None else submodule(self.module, part.path)
+
+    def sees_text(self, name: str) -> bool:
+        """Whether `attn` or `cross` of this block takes its keys from the text."""
+        where = self.block.parts[name].sees_text
+        if not isinstance(where, str):
+            return where
+        try:
+            return bool(attrgetter(where)(self.module))
+        except AttributeError:  # attention of another make
+            return name == "cross"
+
+
+@dataclass(frozen=True, eq=False)
+class Network(Generic[AnyFamily]):
+    """A network in a model: its path there, itself, its row and its blocks."""
+
+    name: str
+    module: nn.Module
+    family: AnyFamily
+    sites: tuple[Site, ...]
+
+    def __str__(self) -> str:
+        return self.name or type(self.module).__name__
+
+    def path(self, site: Site) -> str:
+        """The path of one of its blocks in the model."""
+        return f"{self.name}.{site.name}" if self.name else site.name
+
+
+def is_named(module: object, names: tuple[str, ...]) -> bool:
+    """Whether a class of this name is among the ancestors of `module`."""
+    return any(ancestor.__name__ in names for ancestor in type(module).__mro__)
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path in another one, or None."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def find(model: object, families: Sequence[AnyFamily]) -> list[Network[AnyFamily]]:
+    """Every network of some families in a pipeline, a module or a wrapper of one.
+
+    Raises:
+        TypeError: the model is neither module nor pipeline.
+    """
+    if isinstance(model, type):
+        raise TypeError(
+            f"expected a pipeline or a torch module, got the class {model.__name__}: make one first"
+        )
+    if not isinstance(model, nn.Module) and not hasattr(model, "__dict__"):
+        given = repr(model) if isinstance(model, (str, int, float, type(None))) else "one"
+        raise TypeError(f"expected a pipeline or a torch module, got {given} ({type(model).__name__})")
+    found: dict[int, Network[AnyFamily]] = {}
+    for prefix, part in modules_of(model):
+        for name, module in part.named_modules(prefix=prefix):
+            family = next((row for row in families if row.fits(module)), None)
+            if family is not None and id(module) not in found:
+                found[id(module)] = Network(name, module, family, tuple(family.sites(module)))
+    return list(found.values())
+
+
+def known(families: Sequence[Family]) -> str:
+    """Families and their classes, for an error."""
+    return "; ".join(f"{family.name} ({', '.join(family.networks)})" for family in families)
+
+
+def modules_of(model: object) -> Iterator[tuple[str, nn.Module]]:
+    """A module itself, or the modules that a pipeline keeps as attributes."""
+    if isinstance(model, nn.Module):
+        yield "", model
+        return
+    for name, value in vars(model).items():
+        # MultiControlNet may be a plain list of networks.
+        for i, part in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+            if isinstance(part, nn.Module):
+                yield (f"{name}.{i}" if part is not value else name), part

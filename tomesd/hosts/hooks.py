@@ -1,0 +1,137 @@
+"""What hooks on any network need, whatever they do there: arguments, ownership, removal, copies."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..maths.token_map import TokenMap
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Record = TypeVar("Record")
+
+# The attribute of a network that holds its patch.
+OWNER = "_tomesd"
+
+
+class Argument:
+    """A parameter of a module's forward, which callers may pass by position or by keyword.
+
+    Args:
+        module: whose forward it is.
+        name: what the parameter is called there.
+        position: where it is in families' own forwards, for a forward that does not name it.
+
+    Raises:
+        ValueError: the forward has no such parameter, and no position is known.
+    """
+
+    def __init__(self, module: nn.Module, name: str, position: int | None = None) -> None:
+        self.name = name
+        self.position = position
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        names = [parameter.name for parameter in parameters]
+        if name in names:
+            self.position = names.index(name)
+        elif position is None and not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            raise ValueError(
+                f"the forward of {type(module).__name__} has no parameter {name}, only {', '.join(names)}"
+            )
+
+    def get(self, args: Args, kwargs: Kwargs) -> Any:
+        if self.position is not None and self.position < len(args):
+            return args[self.position]
+        return kwargs.get(self.name)
+
+    def put(self, args: Args, kwargs: Kwargs, value: Any) -> tuple[Args, Kwargs]:
+        if self.position is not None and self.position < len(args):
+            return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
+        return args, {**kwargs, self.name: value}
+
+
+class PerThread(Generic[Record]):
+    """A record for each thread that asks: one module may run in several threads, each on images of its own.
+
+    Code of torch.compile has one record: all that it keeps there lies between two of its own operations.
+
+    Args:
+        make: the class of the record, made without arguments.
+    """
+
+    def __init__(self, make: Callable[[], Record]) -> None:
+        self.make = make
+        self.compiled = make()
+        self.local = threading.local()
+
+    def get(self) -> Record:
+        """The record of this thread."""
+        if torch.compiler.is_compiling():
+            return self.compiled
+        record: Record | None = getattr(self.local, "record", None)
+        if record is None:
+            record = self.local.record = self.make()
+        return record
+
+    def __reduce__(self) -> tuple[type[PerThread[Record]], tuple[Callable[[], Record]]]:
+        return PerThread, (self.make,)  # copies start anew
+
+
+class Listener(Protocol):
+    """What is told about each plan that a patched network makes."""
+
+    def begin(self) -> None:
+        """A forward of the network begins."""
+
+    def note(self, block: str, image: Any, batch: int, token_map: TokenMap) -> None:
+        """A block will merge the tokens of `batch` images by a map."""
+
+
+class Patch:
+    """All that tomesd holds on one network: hooks, and who listens to what they plan.
+
+    Hooks are bound methods of module-level classes, so that deepcopy and pickle take them along.
+    """
+
+    def __init__(self) -> None:
+        self.handles: list[RemovableHandle] = []
+        self.listeners: list[Listener] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "listeners": []}  # nobody listens to copies
+
+    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Calls `hook(module, args, kwargs)` before each call of a module; it may return other ones."""
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(self, module: nn.Module, hook: Callable[..., Any], first: bool = False) -> None:
+        """Calls `hook(module, args, kwargs, output)` after it; `first`: before the hooks that are there."""
+        self.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
+
+    def remove(self) -> None:
+        """Takes all hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def patch_of(network: nn.Module) -> Any:
+    """The patch on a network, or None."""
+    return vars(network).get(OWNER)
+
+
+def recompile() -> None:
+    """Discards what torch.compile has made, and makes it look at hooks from now on.
+
+    By default it takes one module for another that differs in its hooks alone: a patched model would run
+    the code of an unpatched one of its class.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()

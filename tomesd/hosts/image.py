@@ -1,0 +1,291 @@
+"""Images of tokens while a network runs: their size, their step, what blocks share, how blocks get to know.
+
+State has three lifetimes. For good: a patch and the tables that depend on a size alone. For a call of a
+container: its `Image`, which travels with the call. For a call of a block: `BlockCall`, each thread's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..maths.token_map import TokenMap
+from .family import Site
+from .hooks import OWNER, Args, Argument, Kwargs, Patch, PerThread
+from .unets import ImageFamily
+
+# Sizes and devices of which tables are kept.
+TABLES = 64
+
+T = TypeVar("T")
+Plan = Callable[[Tensor, "Image"], TokenMap]
+
+
+@dataclass(eq=False)
+class Image:
+    """An image of tokens at one step of a denoising loop.
+
+    Args:
+        h: height in tokens.
+        w: width in tokens.
+        timestep: a number, or a tensor of one, or of one for each image of the batch.
+        device: where its tokens are.
+        downsample: how many times smaller it is than the network's input.
+        tables: what outlasts the step, see `always`.
+    """
+
+    h: int
+    w: int
+    timestep: Tensor | float = 0
+    device: torch.device | None = None
+    downsample: int = 1
+    tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def n(self) -> int:
+        """Number of tokens."""
+        return self.h * self.w
+
+    def fits(self, h: int, w: int, batch: int, device: torch.device) -> bool:
+        """Whether this is an image of that size, for so many samples."""
+        rows = self.timestep.numel() if isinstance(self.timestep, Tensor) else 1
+        return (self.h, self.w, self.device) == (h, w, device) and rows in (1, batch)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is made once for all blocks that share this image: those of a level, in one step."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        made: T = self.shared[key]
+        return made
+
+    def always(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What depends on the size of the image alone: made once, kept as long as the model is patched."""
+        if torch.compiler.is_compiling():
+            return self.once(key, make)  # part of the program
+        place = key, self.h, self.w, self.device
+        if place in self.tables:
+            kept: T = self.tables[place]
+            return kept
+        with torch.inference_mode(False):  # or training could not use them afterwards
+            made = make()
+        if _is_plain(made):
+            if len(self.tables) >= TABLES:
+                self.tables.clear()
+            self.tables[place] = made
+        return made
+
+
+def _is_plain(made: Any) -> bool:
+    """Whether its tensors hold numbers: those of FakeTensorMode, say, would be of no use later."""
+    values = [made] if isinstance(made, Tensor) else vars(made).values()
+    return all(type(value) is Tensor for value in values if isinstance(value, Tensor))
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a container: its image, and what a method keeps from its first block to its last."""
+
+    image: Image
+    kept: Any = None
+
+
+@dataclass(eq=False)
+class Step:
+    """One forward of a network: its timestep and the images so far, by level."""
+
+    timestep: Tensor | float = 0
+    images: dict[int, Image] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class CurrentStep:
+    step: Step | None = None
+
+
+@dataclass(eq=False)
+class CurrentCall:
+    call: Call | None = None
+
+
+class NetworkHooks:
+    """Reads the timestep of each forward of a network, and makes the images of its containers.
+
+    One image serves all containers of a level in a step. Activation checkpointing on a GPU calls parts of the
+    network again in a thread of its own: such a thread is given the last step of any thread.
+    """
+
+    def __init__(self, patch: Patch, network: nn.Module, family: ImageFamily) -> None:
+        self.patch = patch
+        self.timestep = Argument(network, family.timestep, 1)
+        self.own = PerThread(CurrentStep)
+        self.last: Step | None = None
+        self.tables: dict[Hashable, Any] = {}
+        patch.before(network, self.begin)
+        patch.after(network, self.end)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "last": None, "tables": {}}
+
+    def begin(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        for listener in self.patch.listeners:
+            listener.begin()
+        timestep = self.timestep.get(args, kwargs)
+        if isinstance(timestep, Tensor):
+            timestep = timestep.detach()  # deepcopy refuses tensors that have a history
+        step = self.own.get().step = Step(0 if timestep is None else timestep)
+        if not torch.compiler.is_compiling():
+            self.last = step
+
+    def end(self, network: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+        # Else kept for what checkpointing recomputes. Compiled code would have to return it from each call.
+        if torch.compiler.is_compiling():
+            self.own.get().step = None
+
+    def image(self, level: int, h: int, w: int, x: Tensor) -> Image:
+        """The image of `h` x `w` tokens of a level, for a batch `x` `[B, C, ...]` of them."""
+        step = self.own.get().step or self.last or Step()  # containers may be called by themselves
+        image = step.images.get(level)
+        if image is None or not image.fits(h, w, x.shape[0], x.device):
+            timestep = _one_per_sample(step.timestep, x.shape[0])
+            image = step.images[level] = Image(h, w, timestep, x.device, 2**level, self.tables)
+        return image
+
+
+def _one_per_sample(timestep: Tensor | float, batch: int) -> Tensor | float:
+    """One timestep for all samples of a batch, or one each: a video's frames all have their sample's."""
+    if not isinstance(timestep, Tensor) or timestep.numel() == 1:
+        return timestep
+    each, rest = divmod(batch, timestep.numel())
+    return timestep.flatten()[:1] if rest else timestep.flatten().repeat_interleave(each)
+
+
+class ContainerHooks:
+    """Gives each call of a container its image, and that to the blocks.
+
+    Where the container passes a dict on to attention, the call travels in it. So what activation
+    checkpointing recomputes is given the call of its own forward again, and a block that is compiled alone
+    sees the size of the image as an argument, not as a constant. Other containers pass nothing on; there
+    blocks look up the thread's last call, or else any thread's.
+    """
+
+    def __init__(
+        self,
+        patch: Patch,
+        network: NetworkHooks,
+        module: nn.Module,
+        family: ImageFamily,
+        sites: Sequence[Site],
+    ) -> None:
+        self.network = network
+        self.level = sites[0].level
+        self.input = Argument(module, family.image, 0)
+        self.side = family.side(module)
+        self.carrier = Argument(module, family.carrier) if family.carrier else None
+        self.own = PerThread(CurrentCall)
+        self.last: Call | None = None
+        patch.before(module, self.enter)
+        if self.carrier is None:
+            patch.after(module, self.leave)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "last": None}
+
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        x = self.input.get(args, kwargs)
+        h, w = (length // self.side for length in x.shape[-2:])
+        call = Call(self.network.image(self.level, h, w, x))
+        if self.carrier is not None:
+            return self.carrier.put(args, kwargs, {**(self.carrier.get(args, kwargs) or {}), OWNER: call})
+        self.own.get().call = call
+        if not torch.compiler.is_compiling():
+            self.last = call
+        return args, kwargs
+
+    def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            self.own.get().call = None  # as in NetworkHooks.end
+
+    def unpassed(self) -> Call | None:
+        """The call that blocks are part of, where it is not passed on to them."""
+        return self.own.get().call or self.last
+
+
+@dataclass(eq=False)
+class BlockCall:
+    """What is known of a block during one call of it.
+
+    Args:
+        x: its input, until the plan is made.
+        call: the call of its container.
+        map: the plan.
+    """
+
+    x: Tensor | None = None
+    call: Call | None = None
+    map: TokenMap | None = None
+
+
+class BlockHooks:
+    """A block while it runs: its own call, and the call of the container that it is part of.
+
+    It holds no module, so that a copy of a block does not take the whole model along.
+    """
+
+    def __init__(self, patch: Patch, container: ContainerHooks, site: Site, family: ImageFamily) -> None:
+        self.patch = patch
+        self.container = container
+        self.name = site.name
+        self.own = PerThread(BlockCall)
+        self.tokens = Argument(site.module, site.block.tokens, 0)
+        self.carrier = Argument(site.module, family.carrier) if family.carrier else None
+        for name in ("attn", "cross"):
+            part = site.part(name)
+            if part is not None:
+                patch.before(part, self.receive)
+        patch.after(site.module, self.forget)
+
+    def keep_input(self, site: Site) -> None:
+        """From now on keeps the block's input until the plan is made."""
+        # Not at the block itself: what CompVis' checkpointing recomputes begins after it.
+        self.patch.before(site.module.get_submodule(site.block.input), self.keep)
+
+    def keep(self, part: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        self.own.get().x = args[0]
+
+    def receive(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """Takes the container's call out of what attention is given."""
+        call = kwargs.get(OWNER)
+        self.own.get().call = call or self.container.unpassed()
+        if call is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name != OWNER}
+        return args, kwargs
+
+    def forget(self, block: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+        own = self.own.get()
+        own.x = own.call = own.map = None
+
+    def call_of(self, args: Args, kwargs: Kwargs) -> Call | None:
+        """The container's call, from what the block itself is given."""
+        if self.carrier is None:
+            return self.container.unpassed()
+        return (self.carrier.get(args, kwargs) or {}).get(OWNER)
+
+    def make_plan(self, plan: Plan, x: Tensor | None, call: Call | None) -> TokenMap:
+        """Plans what to merge of the tokens `x` `[B, N, C]` of this block, and tells who listens."""
+        image = None if call is None else call.image
+        if x is None or image is None or x.shape[1] != image.n:
+            tokens = "no tokens" if x is None else f"{x.shape[1]} tokens"
+            seen = "no image" if image is None else f"an image of {image.h} x {image.w}"
+            raise RuntimeError(
+                f"tomesd: {self.name} was given {tokens} and {seen}: call the whole network, not a part of "
+                "it, or remove_patch first"
+            )
+        token_map = plan(x, image)
+        for listener in self.patch.listeners:
+            listener.note(self.name, image, x.shape[0], token_map)
+        return token_map

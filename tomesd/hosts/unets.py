@@ -1,0 +1,158 @@
+"""Networks that draw images: one row of data for each family, and where its blocks are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .family import Block, Family, Network, Part, Site, find, is_named, known, modules_of
+
+
+@dataclass(frozen=True)
+class ImageFamily(Family):
+    """A family of networks whose blocks run on the tokens of an image.
+
+    Args:
+        timestep: the parameter of the network's forward that is the timestep.
+        stages: attributes of the network that hold its blocks, in the order of the forward pass.
+        containers: classes that take an image `[B, C, h, w]` and run blocks on its tokens. The network itself
+            where there are none.
+        image: the parameter of a container's forward that is this image.
+        patch_size: the item of the network's config, if any, that is the side of a token in this image.
+        carrier: the parameter of containers and blocks, if any, that is a dict of arguments for attention.
+        down: classes that halve the resolution at the end of the part of a stage that they are in.
+        up: classes that double it there.
+    """
+
+    timestep: str = "timestep"
+    stages: tuple[str, ...] = ("down_blocks", "mid_block", "up_blocks")
+    containers: tuple[str, ...] = ()
+    image: str = "hidden_states"
+    patch_size: str | None = None
+    carrier: str | None = None
+    down: tuple[str, ...] = ()
+    up: tuple[str, ...] = ()
+
+    def side(self, network: nn.Module) -> int:
+        """The side of a token in the image that containers are given."""
+        return 1 if self.patch_size is None else int(getattr(network.config, self.patch_size))
+
+    def sites(self, network: nn.Module) -> Iterator[Site]:
+        level = 0
+        for stage in self.stages:
+            part = getattr(network, stage, None)
+            children = [(stage, part)]
+            if isinstance(part, nn.ModuleList) and self.containers:
+                children = [(f"{stage}.{name}", child) for name, child in part.named_children()]
+            for path, child in children:
+                if child is None:
+                    continue
+                modules = list(child.named_modules(prefix=path))
+                if not self.containers:
+                    yield from self._blocks(path, child, network, level)
+                for name, container in modules:
+                    if is_named(container, self.containers):
+                        yield from self._blocks(name, container, container, level)
+                level += any(is_named(module, self.down) for _, module in modules)
+                level -= any(is_named(module, self.up) for _, module in modules)
+
+    def _blocks(self, path: str, within: nn.Module, container: nn.Module, level: int) -> Iterator[Site]:
+        for name, module in within.named_modules(prefix=path):
+            block = self.block(module)
+            if block is not None:
+                yield Site(name, module, block, container, level)
+
+
+BASIC = Block(
+    "norm1",
+    attn=Part(
+        "attn1",
+        keys="encoder_hidden_states",
+        bias="attention_mask",
+        sees_text="attn1.is_cross_attention",
+    ),
+    cross=Part(
+        "attn2",
+        keys="encoder_hidden_states",
+        bias="attention_mask",
+        sees_text="attn2.is_cross_attention",
+    ),
+    mlp=Part("ff"),
+)
+
+FAMILIES = (
+    ImageFamily(
+        name="diffusers UNet",
+        networks=(
+            "UNet2DConditionModel",
+            "UNet3DConditionModel",
+            "UNetMotionModel",
+            "ControlNetModel",
+            "ControlNetUnionModel",
+            "UNetControlNetXSModel",
+            "SparseControlNetModel",
+            "I2VGenXLUNet",
+            "AudioLDM2UNet2DConditionModel",
+        ),
+        blocks={"BasicTransformerBlock": BASIC},
+        containers=("Transformer2DModel",),
+        carrier="cross_attention_kwargs",
+        down=("Downsample2D",),
+        up=("Upsample2D",),
+    ),
+    ImageFamily(
+        name="Stable Video Diffusion",
+        networks=("UNetSpatioTemporalConditionModel",),
+        blocks={"BasicTransformerBlock": BASIC},
+        containers=("TransformerSpatioTemporalModel",),
+        down=("Downsample2D",),
+        up=("Upsample2D",),
+    ),
+    ImageFamily(
+        name="PixArt",
+        networks=("PixArtTransformer2DModel",),
+        blocks={"BasicTransformerBlock": BASIC},
+        stages=("transformer_blocks",),
+        patch_size="patch_size",
+        carrier="cross_attention_kwargs",
+    ),
+    ImageFamily(
+        name="CompVis LDM",
+        networks=("UNetModel", "VideoUNet"),
+        blocks={
+            "BasicTransformerBlock": Block(
+                "norm1",
+                attn=Part("attn1", tokens="x", keys="context", sees_text="disable_self_attn"),
+                cross=Part("attn2", tokens="x", keys="context", sees_text=True),
+                mlp=Part("ff", tokens="x"),
+                tokens="x",
+            )
+        },
+        timestep="timesteps",
+        stages=("input_blocks", "middle_block", "output_blocks"),
+        containers=("SpatialTransformer",),
+        image="x",
+        down=("Downsample",),
+        up=("Upsample",),
+    ),
+)
+
+
+def find_networks(model: object) -> list[Network[ImageFamily]]:
+    """Every network of a known family in a pipeline, a module or a wrapper of one.
+
+    Raises:
+        TypeError: the model is neither module nor pipeline.
+        ValueError: it holds no network of a known family.
+    """
+    found = find(model, FAMILIES)
+    if not found:
+        parts = [type(part).__name__ for _, part in modules_of(model)]
+        seen = f" (it has {', '.join(parts)})" if len(parts) > 1 else ""
+        raise ValueError(
+            f"{type(model).__name__} holds no network that tomesd knows{seen}. Known are {known(FAMILIES)}; "
+            "for vision transformers there is tomesd.vit.apply_patch"
+        )
+    return found

@@ -1,0 +1,66 @@
+"""A random sample of the tokens of an image, spread evenly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .grid import RANGE, Grid, cell_offsets
+from .token_map import TokenMap
+
+
+def sample_size(n: int, ratio: float) -> int:
+    """Number of keys that makes attention as cheap as merging a share `ratio` of n tokens: (n - r)^2 / n."""
+    return max(1, round((n - int(ratio * n)) ** 2 / n))
+
+
+def sample_tokens(
+    h: int, w: int, left: int, seed: int, timestep: Tensor | float = 0, device: torch.device | None = None
+) -> TokenMap:
+    """The map that keeps a random sample of `left` of the tokens of an image, spread evenly.
+
+    The image is cut into cells as large as leave every cell at least one token: each keeps as many as every
+    other, give or take one, while it has any; which ones is random.
+
+    Args:
+        h: height of the image in tokens.
+        w: width of the image in tokens.
+        left: how many tokens stay, from 1 to h * w.
+        seed, timestep: as for `cell_offsets`.
+    """
+    n = h * w
+    if left == n:
+        return TokenMap.identity(n, device)
+    side = 2
+    while (grid := Grid(h, w, side, side)).cells > left:
+        side *= 2
+    return TokenMap.from_pairs(n, *_thin_out(grid, n - left, seed, timestep, device))
+
+
+def _thin_out(
+    grid: Grid, r: int, seed: int, timestep: Tensor | float = 0, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which `r` tokens leave so that a random sample is left, spread evenly, and whom each of them joins.
+
+    Every cell keeps as many as every other, give or take one, while it has any; which ones is random. Unlike
+    those that receive, these cells share out all rows and columns, so some are larger than others by one.
+
+    Args:
+        r: how many tokens leave, at most the grid's `max_r`.
+        seed, timestep: as for `cell_offsets`.
+
+    Returns:
+        src and dst, int64 `[b, r]`: the first token of a cell, which stays, takes those that leave it.
+    """
+    y = torch.arange(grid.h, device=device) * grid.rows // grid.h
+    x = torch.arange(grid.w, device=device) * grid.columns // grid.w
+    cell = (y[:, None] * grid.columns + x).flatten()
+    n = cell.shape[0]
+    # Number the tokens of each cell in a random order: all firsts stay, then all seconds, and so on.
+    order = (cell * RANGE + cell_offsets(n, RANGE, seed, timestep, device)).argsort(dim=1, stable=True)
+    begin = torch.searchsorted(cell.sort().values, torch.arange(grid.cells, device=device))
+    home = cell[order]
+    place = torch.arange(n, device=device) - begin[home]
+    turn = cell_offsets(grid.cells, RANGE, seed + 1, timestep, device).gather(1, home)
+    leaving = (place * RANGE + turn).argsort(dim=1, stable=True)[:, n - r :]
+    return order.gather(1, leaving), order.gather(1, begin[home].gather(1, leaving))

@@ -1,0 +1,228 @@
+"""What a method saves: FLOPs from layer shapes, and seconds measured on stand-ins, once for each shape.
+
+Nothing of the host is called for this: stand-ins of the same layer shapes are.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from operator import index
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..hosts.family import Site
+from ..hosts.image import Image
+from ..maths.token_map import TokenMap
+
+# CLIP's context length, which cross-attention is taken to have.
+TEXT_TOKENS = 77
+# With more tokens than this self-attention outweighs windowed matching by far, and measuring would take long.
+ALWAYS = 8192
+ROUNDS = 7
+# Seconds after which no further round begins.
+PATIENCE = 0.3
+
+# How many rows a layer sees: a number, all tokens of the image, or those that a method leaves.
+Rows = int | Literal["all", "left"]
+
+
+class Planner(Protocol):
+    """What a method is to a cost: how many tokens it leaves, and how it finds out which."""
+
+    @property
+    def ratio(self) -> float: ...
+
+    def plan(self, x: Tensor, image: Image) -> TokenMap: ...
+
+    def left(self, h: int, w: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """What runs on the tokens of an image: shapes of the layers, and nothing of their values.
+
+    Args:
+        linears: rows, channels in and channels out of each linear layer.
+        attentions: queries, keys, heads and channels of each head of each attention.
+        merges: how often tokens are merged and given back.
+    """
+
+    linears: tuple[tuple[Rows, int, int], ...] = ()
+    attentions: tuple[tuple[Rows, Rows, int, int], ...] = ()
+    merges: int = 0
+
+    def flops(self, tokens: int, left: int) -> float:
+        """Floating point operations for an image of so many tokens, of which so many are left."""
+        total = 0.0
+        for rows, a, b in self.linears:
+            total += 2 * count(rows, tokens, left) * a * b
+        for queries, keys, heads, channels in self.attentions:
+            total += 4 * count(queries, tokens, left) * count(keys, tokens, left) * heads * channels
+        return total
+
+
+def count(rows: Rows, tokens: int, left: int) -> int:
+    if isinstance(rows, int):
+        return rows
+    return tokens if rows == "all" else left
+
+
+def work_of(
+    sites: Iterable[Site], parts: Sequence[str], queries: Literal["all", "left"] = "left", merges: int = 1
+) -> Work:
+    """What the `parts` (of `attn`, `cross`, `mlp`) of some blocks are; their keys are those left."""
+    linears: list[tuple[Rows, int, int]] = []
+    attentions: list[tuple[Rows, Rows, int, int]] = []
+    for site in sites:
+        for name in parts:
+            part: Any = site.part(name)
+            if part is None:
+                continue
+            if name == "mlp":
+                linears += _linears(part, "left")
+                continue
+            keys: Rows = TEXT_TOKENS if site.sees_text(name) else "left"
+            before = len(linears)
+            for layer, rows in (("to_q", queries), ("to_out", queries), ("to_k", keys), ("to_v", keys)):
+                linears += _linears(getattr(part, layer, None), rows)
+            heads = getattr(part, "heads", None)
+            if heads and len(linears) > before:
+                attentions.append((queries, keys, heads, linears[before][2] // heads))
+    return Work(tuple(linears), tuple(attentions), merges)
+
+
+def _linears(module: nn.Module | None, rows: Rows) -> list[tuple[Rows, int, int]]:
+    if module is None:
+        return []
+    shapes = (parameter.shape for parameter in module.parameters() if parameter.dim() > 1)
+    return [(rows, shape[1], shape[0]) for shape in shapes]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds of some work without and with merging, the planning included."""
+
+    plain: float
+    merged: float
+
+    @property
+    def pays(self) -> bool:
+        return self.merged < self.plain
+
+    def __str__(self) -> str:
+        return f"measured {self.merged * 1000:.3g} ms with merging, {self.plain * 1000:.3g} ms without"
+
+
+class PlanIfItPays:
+    """Plans by a method where that makes its work faster, else merges nothing (`auto=True`)."""
+
+    def __init__(self, method: Planner, work: Work) -> None:
+        self.method = method
+        self.work = work
+
+    def __call__(self, x: Tensor, image: Image) -> TokenMap:
+        # torch.compile may take the sides of an image as unknown; the answer is for these ones.
+        shape = index(image.h), index(image.w), index(x.shape[0])
+        if x.device.type == "meta" or pays(self.work, self.method, *shape, x.dtype, x.device):
+            return self.method.plan(x, image)
+        return TokenMap.identity(x.shape[1], x.device)
+
+
+def pays(
+    work: Work, method: Planner, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether a method makes this work on an image of `h * w` tokens faster."""
+    large = h * w > ALWAYS and method.ratio >= 0.25 and getattr(method, "matching", None) != "exact"
+    if not work.linears or (large and any(isinstance(keys, str) for _, keys, *_ in work.attentions)):
+        return True
+    return trial(work, method, h, w, batch, dtype, device).pays
+
+
+def trial(
+    work: Work, method: Planner, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> Trial:
+    """Measures some work on an image, in turns, and keeps the minima: a process measures each shape once."""
+    # A seed does not change the time.
+    plain: Any = replace(method, seed=0)  # type: ignore[type-var]
+    return _trial(work, plain, h, w, batch, dtype, device)
+
+
+@cache
+def _trial(
+    work: Work, method: Planner, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> Trial:
+    # What counts, traces or fakes the host's operations has nothing to do with these.
+    with _disable_current_modes(), torch.no_grad():
+        ways = _ways(work, method, h, w, batch, dtype, device)
+        for way in ways:
+            way()
+        taken: list[tuple[float, ...]] = []
+        while len(taken) < ROUNDS and sum(map(sum, taken)) < PATIENCE:
+            taken.append(tuple(_seconds(way, device) for way in ways))
+    plain, merged = (min(seconds) for seconds in zip(*taken, strict=True))
+    return Trial(plain, merged)
+
+
+def _ways(
+    work: Work, method: Planner, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Two callables that do the work of one image without and with merging."""
+
+    def fill(*shape: int) -> Tensor:
+        return torch.arange(math.prod(shape), device=device).sin().to(dtype).view(shape)
+
+    n, left = h * w, method.left(h, w)
+    x = fill(batch, n, work.linears[0][1])
+    weights = {(a, b): fill(b, a) for _, a, b in work.linears}
+
+    def layers(left: int) -> Callable[[], None]:
+        def rows(kind: Rows, *shape: int) -> Tensor:
+            return fill(batch, *shape[:-1], count(kind, n, left), shape[-1])
+
+        inputs = {(kind, a): rows(kind, a) for kind, a, _ in work.linears}
+        heads = {(kind, h, c): rows(kind, h, c) for *both, h, c in work.attentions for kind in both}
+
+        def run() -> None:
+            for kind, a, b in work.linears:
+                F.linear(inputs[kind, a], weights[a, b])
+            for queries, keys, h, c in work.attentions:
+                k = heads[keys, h, c]
+                F.scaled_dot_product_attention(heads[queries, h, c], k, k)
+
+        return run
+
+    run_all, run_left = layers(n), layers(left)
+    image = Image(h, w, device=device)  # what blocks share is made once for all of them
+
+    def merged() -> None:
+        token_map = method.plan(x, image)
+        for _ in range(work.merges):
+            token_map.unmerge(token_map.merge(x))
+        if not work.merges:
+            token_map.merge(x, "drop")
+        run_left()
+
+    return run_all, merged
+
+
+def _seconds(way: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    begin = time.perf_counter()
+    way()
+    _wait(device)
+    return time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize()

@@ -1,0 +1,111 @@
+"""What all methods for networks that draw images have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..hosts.family import Site
+from ..hosts.hooks import Patch
+from ..hosts.image import BlockHooks, Image, Plan
+from ..maths.token_map import TokenMap
+from .cost import Work
+
+
+@dataclass(frozen=True, repr=False)
+class Method:
+    """A way to make a model compute less. Methods are immutable, compare by value, and can be dict keys.
+
+    The methods are `Merge`, `MergeStage` and `SampleKeys`.
+    """
+
+    ratio: float = 0.5
+
+    known: ClassVar[dict[str, type[Method]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Method.known[cls.__name__] = cls
+
+    def __repr__(self) -> str:
+        """The options that differ from the defaults: `Merge(0.5, prop_attn=True)`."""
+        ratio, *others = fields(self)
+        shown = [f"{getattr(self, ratio.name):g}"]
+        for option in others:
+            value = getattr(self, option.name)
+            if value != option.default:
+                shown.append(f"{option.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method as plain JSON, for `Method.from_dict`."""
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"method": type(self).__name__, **options}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Method:
+        """The method that `to_dict` described. Options that are not named have their defaults.
+
+            Method.from_dict({"method": "Merge", "ratio": 0.5})  # == Merge(0.5)
+
+        Raises:
+            ValueError: an unknown method or option, or an option out of range.
+            TypeError: this is no dict, or an option is of the wrong type.
+        """
+        if not isinstance(data, dict):
+            raise TypeError(f"a method is described by a dict, got {type(data).__name__}")
+        options = dict(data)
+        name = options.pop("method", None)
+        if name not in Method.known:
+            raise ValueError(f"the method must be one of {', '.join(Method.known)}, got {name!r}")
+        kind = Method.known[name]
+        names = [option.name for option in fields(kind)]
+        unknown = [option for option in options if option not in names]
+        if unknown:
+            raise ValueError(f"{name} has no option {', '.join(unknown)}, only {', '.join(names)}")
+        return kind(**options)
+
+    def _set(self, **options: Any) -> None:
+        """Takes checked options in place of those that were given."""
+        for name, value in options.items():
+            object.__setattr__(self, name, value)
+
+    def why_skipped(self, site: Site) -> str | None:
+        """What a block lacks for this method, or None."""
+        raise NotImplementedError
+
+    def check(self, network: str, sites: Sequence[Site], container: Sequence[Site]) -> None:
+        """Raises a ValueError if the `sites` chosen of a `container` cannot be patched.
+
+        Args:
+            network: what to call the network in the error.
+            sites: those blocks of a container that this method is to patch.
+            container: all of its blocks.
+        """
+
+    def groups(self, sites: Sequence[Site]) -> list[Sequence[Site]]:
+        """Which of the chosen blocks of a container share one plan: by default each has its own."""
+        return [[site] for site in sites]
+
+    def attach(self, blocks: Mapping[Site, BlockHooks], patch: Patch, plan: Plan) -> None:
+        """Registers what this method does at blocks that share a plan.
+
+        Args:
+            blocks: the blocks, and what is known of each while it runs.
+            plan: `self.plan`, or what decides whether to plan at all.
+        """
+        raise NotImplementedError
+
+    def plan(self, x: Tensor, image: Image) -> TokenMap:
+        """Which of the tokens `x` `[B, h * w, C]` of an image merge, or which of them are sampled."""
+        raise NotImplementedError
+
+    def left(self, h: int, w: int) -> int:
+        """How many tokens, or keys, are left of an image of `h` x `w` tokens."""
+        raise NotImplementedError
+
+    def work(self, sites: Sequence[Site]) -> Work:
+        """What runs on fewer tokens, or with fewer keys, in blocks that share a plan."""
+        raise NotImplementedError

@@ -1,0 +1,69 @@
+"""Checks of options: what is returned is plain Python, which torch.compile takes as a constant."""
+
+from __future__ import annotations
+
+import reprlib
+import warnings
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+
+def wrong_type(name: str, words: str, value: object) -> TypeError:
+    """The error for an option of the wrong type."""
+    return TypeError(f"{name} must be {words}, got {reprlib.repr(value)} ({type(value).__name__})")
+
+
+def number(name: str, value: Any) -> float:
+    # A bool is an integer to Python, but ratio=True is a slip.
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise wrong_type(name, "a number", value)
+    return float(value)
+
+
+def integer(name: str, value: Any, least: int | None = None, words: str = "an integer") -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise wrong_type(name, words, value)
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def integer_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else integer(name, value, words="an integer or None")
+
+
+def boolean(name: str, value: Any, words: str = "a bool") -> bool:
+    if not isinstance(value, bool):
+        raise wrong_type(name, words, value)
+    return value
+
+
+def one_of(name: str, value: Any, known: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def share(name: str, value: Any, below_1: bool = False) -> float:
+    """A share of the tokens: from 0 to 1, with `below_1` not 1 itself."""
+    ratio = number(name, value)
+    if not 0 <= ratio <= 1 or (below_1 and ratio == 1):
+        limits = "[0, 1)" if below_1 else "[0, 1]"
+        raise ValueError(f"{name} must be in {limits}, the share of tokens to merge, got {ratio:g}")
+    return ratio
+
+
+def capped_share(name: str, value: Any, sx: int, sy: int) -> float:
+    """A share of the tokens to merge, at most what one dst in each cell of `sx` x `sy` tokens allows."""
+    ratio, most = share(name, value), 1 - 1 / (sx * sy)
+    if ratio <= most:
+        return ratio
+    # The line to show is that of whoever made the method or called apply_patch.
+    warnings.warn(
+        f"{name} {ratio:g} is above {most:g}, the most that one dst in each {sx} x {sy} cell allows "
+        f"(1 - 1 / (sx * sy)): {most:g} of the tokens merge. Larger sx or sy allow more",
+        UserWarning,
+        stacklevel=5,
+    )
+    return most

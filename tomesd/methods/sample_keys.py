@@ -1,0 +1,120 @@
+"""SampleKeys: every token attends to a random sample of all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..hosts.family import Part, Site
+from ..hosts.hooks import Args, Argument, Kwargs, Patch
+from ..hosts.image import BlockHooks, Image, Plan
+from ..maths.sampling import sample_size, sample_tokens
+from ..maths.token_map import TokenMap
+from . import options
+from .attention import mask_of_keys
+from .cost import Work, work_of
+from .method import Method
+
+
+@dataclass(frozen=True, repr=False)
+class SampleKeys(Method):
+    """Lets every token attend to a random sample of all tokens, spread evenly and new in each step.
+
+    Queries stay, and nothing is matched or merged: at the same cost the picture is much nearer to the plain
+    one than with `Merge`. All blocks of a level share the sample of a step.
+
+        tomesd.apply_patch(pipe, tomesd.SampleKeys(0.5))
+
+    Args:
+        ratio: in `[0, 1)`. As many products of queries and keys are left as merging this share of the tokens
+            would leave: at 0.5 a quarter of the keys, at 0.9 a hundredth.
+        seed: of the hash of (seed, timestep, token) that draws the sample; None for one sample in all steps.
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: a ratio out of range.
+
+    Source: keys and values from fewer tokens are from Smith et al., ToDo: Token Downsampling for Efficient
+    Generation of High-Resolution Images, 2024, which takes the same ones in each step.
+    """
+
+    ratio: float = 0.5
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        self._set(
+            ratio=options.share("ratio", self.ratio, below_1=True),
+            seed=options.integer_or_none("seed", self.seed),
+        )
+
+    def why_skipped(self, site: Site) -> str | None:
+        if site.part("attn") is None:
+            return "has no self-attention"
+        if site.sees_text("attn"):
+            return "has the keys of the text in its self-attention"
+        return None
+
+    def check(self, network: str, sites: Sequence[Site], container: Sequence[Site]) -> None:
+        if any(site.block.attn.keys is None for site in sites):
+            raise ValueError(
+                f"self-attention of {network} takes no keys but its own tokens', so SampleKeys cannot give "
+                "it others: use Merge"
+            )
+
+    def attach(self, blocks: Mapping[Site, BlockHooks], patch: Patch, plan: Plan) -> None:
+        for site, block in blocks.items():
+            block.keep_input(site)
+            attn = site.part("attn")
+            assert attn is not None
+            patch.before(attn, Sampled(block, plan, attn, site.block.attn).enter)
+
+    def plan(self, x: Tensor, image: Image) -> TokenMap:
+        left = self.left(image.h, image.w)
+        if self.seed is None:
+            return image.always(
+                ("sample", left), lambda: sample_tokens(image.h, image.w, left, 0, 0, image.device)
+            )
+        seed = self.seed
+        return image.once(
+            ("sample", left, seed),
+            lambda: sample_tokens(image.h, image.w, left, seed, image.timestep, image.device),
+        )
+
+    def left(self, h: int, w: int) -> int:
+        return sample_size(h * w, self.ratio)
+
+    def work(self, sites: Sequence[Site]) -> Work:
+        return work_of(sites, ("attn",), queries="all", merges=0)
+
+
+class Sampled:
+    """One self-attention that takes keys and values from a sample of its tokens."""
+
+    def __init__(self, block: BlockHooks, plan: Plan, attn: nn.Module, part: Part) -> None:
+        assert part.keys is not None
+        self.block = block
+        self.plan = plan
+        self.name = f"{block.name}.{part.path}"
+        self.tokens = Argument(attn, part.tokens, 0)
+        self.keys = Argument(attn, part.keys)
+        self.bias = Argument(attn, part.bias) if part.bias else None
+
+    def enter(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        own = self.block.own.get()
+        block_input, own.x = own.x, None
+        sample = self.block.make_plan(self.plan, block_input, own.call)
+        if sample.is_identity or self.keys.get(args, kwargs) is not None:
+            return args, kwargs
+        if "Fused" in type(getattr(attn, "processor", None)).__name__:
+            raise ValueError(
+                f"tomesd: {self.name} computes queries, keys and values in one layer, which SampleKeys "
+                "cannot tell apart: call unfuse_qkv_projections() first"
+            )
+        x = self.tokens.get(args, kwargs)
+        bias = None if self.bias is None else self.bias.get(args, kwargs)
+        if self.bias is not None and bias is not None:
+            mask = sample.merge(mask_of_keys(self.name, bias, sample), "drop")
+            args, kwargs = self.bias.put(args, kwargs, mask.view(*bias.shape[:-1], sample.groups))
+        return self.keys.put(args, kwargs, sample.merge(x, "drop"))

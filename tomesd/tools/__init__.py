@@ -1,0 +1,1 @@
+"""What looks at a patched model: what it does, what merged, and pictures of it."""
