@@ -17,7 +17,7 @@ from .hosts.hooks import OWNER, Patch, patch_of, recompile
 from .hosts.image import BlockHooks, ContainerHooks, NetworkHooks
 from .hosts.unets import find_networks
 from .methods import cost, options
-from .methods.choice import Chosen, ImageNetwork, choice_of
+from .methods.choice import ByKey, Choice, Chosen, ImageNetwork, UpTo
 from .methods.cost import PlanIfItPays
 from .methods.merge import Merge
 from .methods.method import Method
@@ -29,7 +29,7 @@ P = ParamSpec("P")
 
 def apply_patch(
     model: Model,
-    ratio: float | Method | Recipe | Mapping[int, float | Method] = 0.5,
+    ratio: float | Method | Recipe | Mapping[int | str, float | Method] = 0.5,
     max_downsample: int | None = None,
     sx: int = 2,
     sy: int = 2,
@@ -53,10 +53,11 @@ def apply_patch(
     Args:
         model: a diffusers pipeline (its ControlNets are patched too), a bare network, or a CompVis LDM.
         ratio: the share of the tokens that merge away, for `Merge`; or a method: `Merge`, `SampleKeys`,
-            `MergeStage`; or one for each downsample of the image (1, 2, 4, 8), as a dict; or a `Recipe`.
+            `MergeStage`; or a dict of them by downsample of the image (1, 2, 4, 8) or by the name of a block;
+            or a `Recipe`.
         max_downsample: work at levels up to this downsampling of the latent image: 1, 2, 4 or 8; None for
-            the finest level at which each network has attention (1 in SD 1.5 and 2, 2 in SDXL). A dict or a
-            `Recipe` says it by itself.
+            the finest level at which each network has attention (1 in SD 1.5 and 2, 2 in SDXL). A dict and a
+            `Recipe` say it by themselves.
         sx, sy, use_rand, merge_attn, merge_crossattn, merge_mlp: the other options of tomesd 0.1.3, for
             `Merge`: its `sx`, `sy`, a `seed`, and `"attn"`, `"cross"`, `"mlp"` in its `parts`. A method has
             options of its own.
@@ -82,11 +83,7 @@ def apply_patch(
         "merge_mlp": merge_mlp,
     }
     options.boolean("auto", auto)
-    if isinstance(ratio, Method | Recipe | Mapping):
-        _refuse_others(ratio, legacy)
-    else:
-        ratio = _merge(ratio, **legacy)
-    choice = choice_of(ratio, max_downsample)
+    choice = _choice(ratio, max_downsample, legacy)
     chosen = {network: choice.choose(network) for network in find_networks(model)}
     if not any(chosen.values()):
         kinds = ", ".join(type(network.module).__name__ for network in chosen)
@@ -222,15 +219,26 @@ def _detach(network: nn.Module) -> bool:
     return True
 
 
-def _refuse_others(given: object, legacy: Mapping[str, Any]) -> None:
-    """Options of tomesd 0.1.3 go with a ratio alone: a method has its own."""
+def _choice(given: Any, max_downsample: Any, legacy: dict[str, Any]) -> Choice:
+    """What the first arguments of `apply_patch` ask for. `legacy`: the other options of tomesd 0.1.3."""
+    if not isinstance(given, Method | Mapping):
+        return UpTo(_merge(given, **legacy), max_downsample)
+    kind = type(given).__name__
     parameters = inspect.signature(apply_patch).parameters
     for name, value in legacy.items():
         if type(value) is not type(parameters[name].default) or value != parameters[name].default:
             raise TypeError(
-                f"{name}={value!r} goes with a ratio that is a number, not with a {type(given).__name__}: "
-                "methods have options of their own"
+                f"{name}={value!r} goes with a ratio that is a number, not with a {kind}: methods have "
+                "options of their own"
             )
+    if isinstance(given, Method):
+        return UpTo(given, max_downsample)
+    if max_downsample is not None:
+        raise TypeError(
+            f"max_downsample={max_downsample!r} goes with one method for all blocks, not with a {kind}, "
+            "which says by itself where to work"
+        )
+    return ByKey.of(given)
 
 
 def _merge(ratio: Any, sx: Any, sy: Any, use_rand: Any, **parts: Any) -> Merge:

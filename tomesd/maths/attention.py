@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Parameters of `scaled_dot_product_attention`, in order.
+SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 # Kernels on CUDA take head sizes in steps of this.
 ALIGNMENT = 8
 
@@ -63,7 +65,7 @@ class KeyBias(Tensor):
         kwargs = dict(kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.scaled_dot_product_attention:
-                names = (
+                names = [
                     "query",
                     "key",
                     "value",
@@ -72,7 +74,7 @@ class KeyBias(Tensor):
                     "is_causal",
                     "scale",
                     "enable_gqa",
-                )
+                ]
                 kwargs.update(zip(names, args, strict=False))
                 kwargs["bias"] = kwargs.pop("attn_mask")
                 return biased_attention(**kwargs)

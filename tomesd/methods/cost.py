@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from operator import index
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -32,17 +32,8 @@ PATIENCE = 0.3
 
 # How many rows a layer sees: a number, all tokens of the image, or those that a method leaves.
 Rows = int | Literal["all", "left"]
-
-
-class Planner(Protocol):
-    """What a method is to a cost: how many tokens it leaves, and how it finds out which."""
-
-    @property
-    def ratio(self) -> float: ...
-
-    def plan(self, x: Tensor, image: Image) -> TokenMap: ...
-
-    def left(self, h: int, w: int) -> int: ...
+# A method, which imports this module: it has `ratio`, `plan` and `left`.
+Planner: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -150,9 +141,7 @@ def trial(
     work: Work, method: Planner, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> Trial:
     """Measures some work on an image, in turns, and keeps the minima: a process measures each shape once."""
-    # A seed does not change the time.
-    plain: Any = replace(method, seed=0)  # type: ignore[type-var]
-    return _trial(work, plain, h, w, batch, dtype, device)
+    return _trial(work, replace(method, seed=0), h, w, batch, dtype, device)  # a seed takes no time
 
 
 @cache

@@ -67,9 +67,8 @@ class Method:
             raise ValueError(f"{name} has no option {', '.join(unknown)}, only {', '.join(names)}")
         return kind(**options)
 
-    def _set(self, **options: Any) -> None:
-        """Takes checked options in place of those that were given."""
-        for name, value in options.items():
+    def _set(self, **checked: Any) -> None:
+        for name, value in checked.items():
             object.__setattr__(self, name, value)
 
     def why_skipped(self, site: Site) -> str | None:

@@ -1,53 +1,51 @@
-"""Recipe: a method for each block."""
+"""Recipe: a method for each block, as one value that can be kept in a file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .method import Method
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Mapping[str, Method]):
     """A method for each block of a model, by the block's name as `tomesd.explain` lists it.
 
         recipe = tomesd.Recipe({"unet.mid_block.attentions.0.transformer_blocks.0": tomesd.Merge(0.25)})
         tomesd.apply_patch(pipe, recipe)
 
-    Blocks that it does not name are left alone.
-
-    Args:
-        methods: the method of each block.
+    Blocks that it does not name are left alone. It cannot be changed.
 
     Raises:
         TypeError: these are no names and methods.
         ValueError: there are none.
     """
 
-    methods: Mapping[str, Method]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.methods, Mapping):
-            raise TypeError(f"methods must be a dict of block names, got {type(self.methods).__name__}")
-        for name, method in self.methods.items():
+    def __init__(self, methods: Mapping[str, Method]) -> None:
+        if not isinstance(methods, Mapping):
+            raise TypeError(f"methods must be a dict of block names, got {type(methods).__name__}")
+        for name, method in methods.items():
             if not isinstance(name, str) or not isinstance(method, Method):
-                raise TypeError(
-                    "methods must map names of blocks to methods, {name: Merge(0.5)}, got "
-                    f"{{{name!r}: {method!r}}}"
-                )
-        if not self.methods:
+                raise TypeError(f"a recipe maps names of blocks to methods, got {{{name!r}: {method!r}}}")
+        if not methods:
             raise ValueError("a recipe needs a method for one block at least")
-        object.__setattr__(self, "methods", MappingProxyType(dict(self.methods)))
+        self._methods = dict(methods)
 
-    def __reduce__(self) -> tuple[type[Recipe], tuple[dict[str, Method]]]:
-        return Recipe, (dict(self.methods),)
+    def __getitem__(self, name: str) -> Method:
+        return self._methods[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._methods)
+
+    def __len__(self) -> int:
+        return len(self._methods)
+
+    def __repr__(self) -> str:
+        return f"Recipe({self._methods!r})"
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON, for `Recipe.from_dict`."""
-        return {"blocks": {name: method.to_dict() for name, method in self.methods.items()}}
+        return {"blocks": {name: method.to_dict() for name, method in self.items()}}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Recipe:

@@ -2,9 +2,9 @@
 
 from .. import merge
 from ..methods.schedule import parse_r
-from ..tools.vis import visualize_patches as make_visualization
 from . import patch, utils
 from .patch import apply_patch, remove_patch, source
+from .vis import make_visualization
 
 __all__ = [
     "apply_patch",

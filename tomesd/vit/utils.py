@@ -1,6 +1,6 @@
 """The names of `tome.utils`."""
 
 from ..methods.schedule import parse_r
-from ..tools.throughput import benchmark
+from .benchmark import benchmark
 
 __all__ = ["benchmark", "parse_r"]

@@ -1,0 +1,59 @@
+"""Pictures of which patches of an image merged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..maths.token_map import TokenMap
+from ..tools.vis import paint, to_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def make_visualization(
+    img: Image.Image, source: Tensor | TokenMap, patch_size: int = 16, class_token: bool = True
+) -> Image.Image:
+    """Paints each group of merged patches in its mean colour, with a border of a colour of its own.
+
+    Args:
+        img: what the model saw, before normalisation.
+        source: `tomesd.vit.source(model)`, or its dense matrix `[1, M, N]` or `[M, N]`.
+        patch_size: side of a patch in pixels.
+        class_token: whether tokens other than patches (class, registers) come before them.
+
+    Returns:
+        A picture of the size of `img`.
+
+    Raises:
+        TypeError: the image is no PIL image.
+        ValueError: a source of several images, or one whose tokens are not the patches of this image.
+    """
+    from PIL import Image
+
+    if not isinstance(img, Image.Image):
+        raise TypeError(f"img must be a PIL image, got {type(img).__name__}")
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    index = source.index if isinstance(source, TokenMap) else _index(source)
+    if index.shape[0] != 1:
+        raise ValueError(f"the source must be of one image, got {index.shape[0]}: pass source[i : i + 1]")
+    rows, columns = img.height // patch_size, img.width // patch_size
+    prefix = index.shape[1] - rows * columns
+    if prefix < 0 or (prefix > 0) != class_token:
+        raise ValueError(
+            f"an image of {img.width} x {img.height} pixels has {columns} x {rows} patches of {patch_size}, "
+            f"the source has {index.shape[1]} tokens with class_token={class_token}"
+        )
+    groups = index[0, prefix:].cpu().unique(return_inverse=True)[1].view(rows, columns)
+    return to_image(paint(img, groups)[0])
+
+
+def _index(source: Tensor) -> Tensor:
+    if source.dim() == 2:
+        source = source[None]
+    if source.dim() != 3:
+        raise ValueError(f"the source must be [1, M, N] or [M, N], got {list(source.shape)}")
+    return source.argmax(dim=1)
