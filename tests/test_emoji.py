@@ -1,16 +1,18 @@
 """What the training of the shipped model rests on."""
 
+from __future__ import annotations
+
+import data
+import grow
 import pytest
 import torch
 import torch.nn.functional as F
-import train_emoji
 
 
 @pytest.mark.parametrize("channels", [[32, 64], [64, 32]])
-def test_a_grown_unet_starts_as_its_equal(channels):
-    torch.manual_seed(0)
-    small = train_emoji.build_unet(channels, 8, 32).eval()
-    large = train_emoji.grown(train_emoji.grown(small)).eval()
+def test_a_grown_unet_starts_as_its_equal(channels: list[int]) -> None:
+    small = grow.build_unet(channels, 8, 32).eval()
+    large = grow.grown(grow.grown(small)).eval()
     assert large.config.sample_size == 32
     x, text, t = torch.randn(2, 4, 32, 32), torch.randn(2, 5, 32), torch.tensor([3, 700])
     with torch.no_grad():
@@ -22,10 +24,10 @@ def test_a_grown_unet_starts_as_its_equal(channels):
     assert large.up_blocks[-1].attentions[0].proj_out.weight.grad.abs().max() > 0
 
 
-def test_combinations_held_out_are_never_shown():
-    table = train_emoji.emoji_table()
-    shown, held = train_emoji.painted_table(table)
+def test_combinations_held_out_are_never_shown() -> None:
+    table = data.emoji_table()
+    shown, held = data.painted_table(table)
     names = [{name for emoji in part for name in emoji.names} for part in (table, shown, held)]
     assert not names[1] & names[2]
     assert not names[0] & (names[1] | names[2])
-    assert {emoji.colour for emoji in held} == set(train_emoji.HUES)
+    assert {emoji.colour for emoji in held} == set(data.HUE_DEGREES)
