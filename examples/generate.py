@@ -165,7 +165,7 @@ def check_multiple(size: tuple[int, int], multiple: int, option: str = "--size")
 def check_model_folder(model: str) -> None:
     path = Path(model).expanduser()
     if path == EMOJI_MODEL and not path.exists():
-        raise UserError(f"the shipped model is missing from {path}; scripts/train_emoji.py trains it anew")
+        raise UserError(f"the shipped model is missing from {path}; scripts/emoji trains it anew")
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise UserError(f"{path} is not a pipeline folder: it has no model_index.json")
