@@ -1,0 +1,358 @@
+"""Draw pictures with a Stable Diffusion pipeline and merged tokens, or compare them with the plain model.
+
+    python -m tomesd generate                                 # the small emoji model of a checkout
+    python -m tomesd generate "blue heart" "pizza" --compare  # plain beside merged, with times
+    python -m tomesd generate "a cat" --model stable-diffusion-v1-5/stable-diffusion-v1-5 --size 768
+
+Without --model the small emoji model of the repository is used: it needs no network and draws the things
+listed in examples/emoji-model/README.md. Pictures go to outputs/. A wrong option is explained in one line,
+before anything slow begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import inspect
+import math
+import os
+import re
+import statistics
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import tomesd
+
+from ..config import MergeConfig
+from . import memory
+from .common import Parser, UserError, aligned, check_multiple, guarded, need, positive, say, size, timed
+from .pipelines import (
+    EMOJI_MODEL,
+    add_places,
+    check_model,
+    check_pipeline_size,
+    load_pipeline,
+    pick_device,
+    pick_dtype,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PROGRAM = "python -m tomesd generate"
+EMOJI_PROMPTS = ["red apple", "cat face", "blue heart", "pizza", "rocket", "sunflower"]
+EMOJI_STEPS, EMOJI_GUIDANCE = 20, 3.0
+OTHER_PROMPTS = ["a photo of an astronaut riding a horse on mars", "a watercolour of a harbour at sunrise"]
+AMPLIFY = 4  # of the differences in the sheet, which are faint otherwise
+
+
+@dataclass
+class Series:
+    """The pictures and costs of one way of drawing, plain or merged."""
+
+    name: str
+    label: str
+    pictures: list[Image.Image] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    peaks: list[int | None] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def peak(self) -> int | None:
+        return max((peak for peak in self.peaks if peak is not None), default=None)
+
+
+def parse_args(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
+    p = Parser(program, __doc__)
+    p.add_argument("prompts", nargs="*", metavar="prompt", help="what to draw; put each prompt in quotes")
+    p.add_argument("--model", help="folder or hub id of a diffusers pipeline (default: examples/emoji-model)")
+    p.add_argument(
+        "--ratio", type=float, default=0.5, help="share of tokens to merge, 0 for none (default: 0.5)"
+    )
+    p.add_argument(
+        "--stage",
+        action="store_true",
+        help="run whole transformers on merged tokens, not self-attention only",
+    )
+    p.add_argument(
+        "--max-downsample",
+        type=int,
+        choices=(1, 2, 4, 8),
+        help="merge at levels up to this one (default: the finest with attention)",
+    )
+    p.add_argument(
+        "--keys-only",
+        action="store_true",
+        help="let self-attention look at a sample of the tokens instead of merging them: closer to plain",
+    )
+    p.add_argument("--auto", action="store_true", help="leave blocks alone where merging would be slower")
+    p.add_argument("--compare", action="store_true", help="draw plain and merged side by side, with times")
+    p.add_argument("--size", type=size, help="N or WxH in pixels (default: the model's own size)")
+    p.add_argument("--steps", type=positive, help="denoising steps (default: 20, or the pipeline's own)")
+    p.add_argument("--guidance", type=float, help="guidance scale (default: 3, or the pipeline's own)")
+    p.add_argument("--seed", type=int, default=0, help="seed of every picture (default: 0)")
+    add_places(p)
+    args = p.parse_args(arguments)
+    args.shipped = args.model is None or Path(args.model).resolve() == EMOJI_MODEL
+    args.model = str(EMOJI_MODEL) if args.model is None else args.model
+    args.prompts = args.prompts or (EMOJI_PROMPTS if args.shipped else OTHER_PROMPTS)
+    return args
+
+
+def check_cheap(args: argparse.Namespace) -> None:
+    """Whatever can be known to be wrong before the slow imports."""
+    for prompt in args.prompts:
+        if not prompt.strip():
+            raise UserError("a prompt is empty")
+    if len(args.prompts) > 1 and not any(" " in p.strip() for p in args.prompts):
+        say(f"note: {len(args.prompts)} prompts of one word each; put a prompt of several words in quotes")
+    if args.size:
+        check_multiple(args.size, 8)
+    if args.guidance is not None and not (math.isfinite(args.guidance) and args.guidance >= 0):
+        raise UserError(f"--guidance has to be a number of at least 0, not {args.guidance}")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed has to be in 0..2^63-1, not {args.seed}")
+    check_model(args.model)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {args.out} for the pictures: {error.strerror}") from None
+    if not os.access(args.out, os.W_OK):
+        raise UserError(f"cannot write into the folder {args.out}")
+
+
+def check_options(**options: Any) -> None:
+    """Lets tomesd judge what apply_patch will be given, before a model is loaded."""
+    try:
+        MergeConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+def patch(pipe: Any, max_downsample: int | None, **options: Any) -> None:
+    """Patches a pipeline; a UserError says why that cannot be."""
+    try:
+        tomesd.apply_patch(pipe, max_downsample=max_downsample, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+def hint_unknown_things(args: argparse.Namespace) -> None:
+    """The shipped model knows a short list of things; say so when a prompt names none of them."""
+    names = EMOJI_MODEL / "names.txt"
+    if not args.shipped or not names.is_file():
+        return
+    known = names.read_text(encoding="utf-8").replace("\n", " / ").split(" / ")
+    for prompt in args.prompts:
+        text = f" {' '.join(re.findall(r'[a-z]+', prompt.lower()))} "
+        if not any(name and f" {name} " in text for name in known):
+            say(f"note: the emoji model was not taught {prompt!r}; the things that it knows are in {names}")
+
+
+class Drawer:
+    """Draws with one pipeline, plain or merged."""
+
+    def __init__(self, args: argparse.Namespace, pipe: Any, device: torch.device) -> None:
+        self.args, self.pipe, self.device = args, pipe, device
+        self.options: dict[str, Any] = {}
+        if args.size:
+            self.options.update(width=args.size[0], height=args.size[1])
+        accepted = inspect.signature(pipe.__call__).parameters
+        if "guidance_scale" in accepted and (args.guidance is not None or args.shipped):
+            self.options["guidance_scale"] = EMOJI_GUIDANCE if args.guidance is None else args.guidance
+        if args.steps or args.shipped:
+            self.options["num_inference_steps"] = args.steps or EMOJI_STEPS
+
+    def patch(self, merged: bool) -> None:
+        if merged:
+            patch(self.pipe, self.args.max_downsample, auto=self.args.auto, **self.args.merging)
+        else:
+            tomesd.remove_patch(self.pipe)
+
+    def draw(self, prompt: str, label: str, **options: Any) -> Image.Image:
+        self.pipe.set_progress_bar_config(desc=f"{label}: {prompt[:40]}", leave=True)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        result = self.pipe(prompt=prompt, generator=generator, **{**self.options, **options})
+        picture: Image.Image = result.images[0]
+        return picture
+
+    def timed(self, prompt: str, series: Series) -> None:
+        gc.collect()
+        with memory.Peak(self.device) as peak:
+            picture, seconds = timed(lambda: self.draw(prompt, series.label), self.device)
+        series.pictures.append(picture)
+        series.seconds.append(seconds)
+        series.peaks.append(peak.reached)
+
+
+def new_series(args: argparse.Namespace, merged: bool) -> Series:
+    return Series("merged", f"merged {args.ratio:.0%}") if merged else Series("plain", "plain")
+
+
+def draw_all(drawer: Drawer, merged: bool) -> Series:
+    """Every prompt once, in one way."""
+    drawn = new_series(drawer.args, merged)
+    drawer.patch(merged)
+    for prompt in drawer.args.prompts:
+        drawer.timed(prompt, drawn)
+    return drawn
+
+
+def compare(drawer: Drawer) -> tuple[Series, Series]:
+    """Every prompt plain and merged from the same seed, in turns, so that both meet the same machine."""
+    plain, merged = (new_series(drawer.args, merged) for merged in (False, True))
+    for drawn in (merged, plain):  # merged first: a model with nothing to merge is found out now
+        drawer.patch(drawn is merged)
+        drawer.draw(drawer.args.prompts[0], f"warm-up, {drawn.label}", num_inference_steps=2)
+    for i, prompt in enumerate(drawer.args.prompts):
+        for drawn in (plain, merged) if i % 2 == 0 else (merged, plain):
+            drawer.patch(drawn is merged)
+            drawer.timed(prompt, drawn)
+    return plain, merged
+
+
+def differences(a: Image.Image, b: Image.Image) -> tuple[float, float]:
+    """Mean absolute difference (of 255) and PSNR in dB, infinite for the same picture."""
+    np = need("numpy")
+    x, y = (np.asarray(p.convert("RGB"), dtype=np.float64) for p in (a, b))
+    mse = float(np.square(x - y).mean())
+    return float(np.abs(x - y).mean()), 10 * math.log10(255**2 / mse) if mse else math.inf
+
+
+def slug(prompt: str) -> str:
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-_")[:60].rstrip("-") or "picture"
+
+
+def save(args: argparse.Namespace, series: Series) -> None:
+    """Write the pictures and say where."""
+    taken: set[str] = set()
+    for prompt, picture in zip(args.prompts, series.pictures, strict=True):
+        stem = base = slug(prompt)
+        n = 1
+        while stem in taken:  # prompts that differ in punctuation only
+            n += 1
+            stem = f"{base}-{n}"
+        taken.add(stem)
+        write(picture.save, args.out / f"{stem}-{args.seed}-{series.name}.png")
+
+
+def write(save: Callable[[Path], object], path: Path) -> None:
+    """Save under a path and print it."""
+    there = path.exists()
+    try:
+        save(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    print(f"{path}{' (replaced)' if there else ''}")
+
+
+def human(size: int | None) -> str:
+    return "not measured" if size is None else f"{size / 2**30:.2f} GiB"
+
+
+def psnr_text(psnr: float) -> str:
+    return "the same" if math.isinf(psnr) else f"{psnr:.1f} dB"
+
+
+def summary(drawer: Drawer, plain: Series, merged: Series) -> str:
+    pairs = [differences(a, b) for a, b in zip(plain.pictures, merged.pictures, strict=True)]
+    width, height = plain.pictures[0].size
+    gain = plain.median / merged.median
+    mean, psnr = statistics.mean(d for d, _ in pairs), statistics.median(p for _, p in pairs)
+    costs = [(drawn.label, f"{drawn.median:.2f}", human(drawn.peak)) for drawn in (plain, merged)]
+    lines = [
+        f"{width}x{height} pixels, ratio {drawer.args.ratio:g}, seed {drawer.args.seed}, on {drawer.device}; "
+        f"median of {len(pairs)} prompt(s)",
+        aligned([("", "seconds", f"peak {memory.kind(drawer.device)}"), *costs]),
+        f"merged is {gain:.2f} times as fast; mean difference {mean:.1f} of 255, PSNR {psnr_text(psnr)}",
+    ]
+    if gain < 1.02:
+        lines.append(
+            "(little to gain here: merging pays where attention is slow, with large models and pictures)"
+        )
+    return "\n".join(lines)
+
+
+def sheet(args: argparse.Namespace, plain: Series, merged: Series, title: str) -> Any:
+    """Plain over merged over their difference, one column per prompt, as a matplotlib figure."""
+    inches = max(2.0, plain.pictures[0].width / 100)  # at 100 dpi no picture is shown smaller than it is
+    columns = len(args.prompts)
+    size = (columns * inches + 0.5, 3 * inches + 1.7)
+    figure = need("matplotlib.figure").Figure(figsize=size, dpi=100, layout="constrained")
+    axes = figure.subplots(3, columns, squeeze=False)
+    costs = [f"{drawn.label}: {drawn.median:.2f} s, {human(drawn.peak)}" for drawn in (plain, merged)]
+    heading = "; ".join([title.split("\n")[0], *costs])
+    figure.suptitle("\n".join(textwrap.wrap(heading, width=round(13 * size[0]))), fontsize=9)
+    for row, name in enumerate((plain.label, merged.label, f"difference x{AMPLIFY}")):
+        axes[row, 0].set_ylabel(name)
+    for column, prompt in enumerate(args.prompts):
+        axes[0, column].set_title(
+            textwrap.shorten(prompt, round(14 * inches), placeholder=" ..."), fontsize=10
+        )
+        pair = [drawn.pictures[column].convert("RGB") for drawn in (plain, merged)]
+        mean, psnr = differences(*pair)
+        cells = (
+            (pair[0], f"{plain.seconds[column]:.2f} s"),
+            (pair[1], f"{merged.seconds[column]:.2f} s"),
+            (amplified(*pair), f"mean {mean:.1f} of 255, {psnr_text(psnr)}"),
+        )
+        for row, (picture, caption) in enumerate(cells):
+            axes[row, column].imshow(picture, interpolation="nearest")
+            axes[row, column].set(xticks=[], yticks=[])
+            axes[row, column].set_xlabel(caption, fontsize=9)
+    return figure
+
+
+def amplified(a: Image.Image, b: Image.Image) -> Image.Image:
+    """The difference of two pictures on white, times AMPLIFY."""
+    chops = need("PIL.ImageChops")
+    return chops.invert(chops.difference(a, b).point(lambda value: min(255, AMPLIFY * value)))
+
+
+def run(args: argparse.Namespace) -> int:
+    check_cheap(args)
+    args.merging = dict(ratio=args.ratio, keys_only=args.keys_only, merge_stage=args.stage)
+    check_options(**args.merging)
+    need("PIL.Image")
+    if args.compare:
+        need("matplotlib.figure")
+    device = pick_device(args.device)
+    hint_unknown_things(args)
+    pipe = load_pipeline(args.model, device, pick_dtype(args.dtype, device))
+    check_pipeline_size(pipe, args.size)
+    drawer = Drawer(args, pipe, device)
+    if not args.compare:
+        drawn = draw_all(drawer, merged=args.ratio > 0)
+        save(args, drawn)
+        print(f"{len(drawn.pictures)} picture(s), {drawn.median:.2f} s each (median)")
+        return 0
+    plain, merged = compare(drawer)
+    save(args, plain)
+    save(args, merged)
+    text = summary(drawer, plain, merged)
+    figure = sheet(args, plain, merged, text)
+    write(figure.savefig, args.out / f"compare-{slug(args.prompts[0])}-{args.seed}.png")
+    print(text)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    return guarded(
+        program,
+        lambda: run(parse_args(arguments, program)),
+        "a higher --ratio (up to 0.75), a smaller --size, --dtype fp16 on a GPU, or for large pictures "
+        "python -m tomesd generate-4k",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
