@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tomesd import matching
-from tomesd.bench import memory
+from tomesd.commands import memory
 from tomesd.matching import Windows, match_exact, match_windowed
 from tomesd.partition import Grid, Partition, alternate, cell_offsets, every_kth, random_src
 
