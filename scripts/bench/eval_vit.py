@@ -33,6 +33,7 @@ import tomesd.vit as tome
 from tomesd.commands.common import ROOT, Parser, UserError, guarded, positive, timed, whole, write_csv
 from tomesd.commands.pipelines import pick_device
 
+PROGRAM = "python scripts/bench eval-vit"
 CACHE = ROOT / ".cache"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = 10
@@ -227,8 +228,8 @@ def plot(rows: list[dict[str, object]], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def run(program: str, arguments: Sequence[str] | None) -> int:
-    parser = Parser(program, __doc__)
+def run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--backend", nargs="+", default=["timm"], choices=["timm", "transformers"])
     parser.add_argument("--ways", nargs="+", default=["ours", "ToMe"], choices=list(WAYS))
     default = ["0", "2", "3", "4", "5", "6", "3:-1", "4:-1", "5:-1"]
@@ -257,8 +258,7 @@ def run(program: str, arguments: Sequence[str] | None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    program = "python scripts/bench eval-vit"
-    return guarded(program, lambda: run(program, arguments))
+    return guarded(PROGRAM, lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from tomesd import TokenMap
 from tomesd.commands.common import Parser, guarded, positive, timed
+from tomesd.commands.pipelines import pick_device
 from tomesd.vit.attention import biased_attention
 
+PROGRAM = "python scripts/bench ops"
 Ways = dict[str, Callable[[], Tensor]]
 
 
@@ -80,8 +82,8 @@ def measure(ways: Ways, rounds: int, device: str) -> dict[str, float]:
     return least
 
 
-def run(program: str, arguments: Sequence[str] | None) -> int:
-    parser = Parser(program, __doc__)
+def run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--sizes", type=positive, nargs="*", default=[64, 128], help="sides of the latents")
     parser.add_argument(
         "--tokens", type=positive, nargs="*", default=[197, 577, 1025], help="tokens of the images"
@@ -91,6 +93,7 @@ def run(program: str, arguments: Sequence[str] | None) -> int:
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--rounds", type=positive, default=15)
     args = parser.parse_args(arguments)
+    args.device = str(pick_device(args.device))
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
@@ -105,8 +108,7 @@ def run(program: str, arguments: Sequence[str] | None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    program = "python scripts/bench ops"
-    return guarded(program, lambda: run(program, arguments))
+    return guarded(PROGRAM, lambda: run(arguments))
 
 
 if __name__ == "__main__":

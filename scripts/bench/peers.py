@@ -20,6 +20,7 @@ from types import ModuleType
 
 from tomesd.commands.common import ROOT, Parser, UserError, guarded
 
+PROGRAM = "python scripts/bench peers"
 PEERS = {
     "tomesd": "tomesd==0.1.3",
     # The code of Stable Diffusion 2 by CompVis and Stability AI, as the package `ldm`.
@@ -89,13 +90,11 @@ def fetch_all() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    program = "python scripts/bench peers"
-
     def run() -> int:
-        Parser(program, __doc__).parse_args(arguments)
+        Parser(PROGRAM, __doc__).parse_args(arguments)
         return fetch_all()
 
-    return guarded(program, run)
+    return guarded(PROGRAM, run)
 
 
 if __name__ == "__main__":

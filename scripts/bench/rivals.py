@@ -153,22 +153,17 @@ def apply_hypertile(network: nn.Module, setting: Setting, side: int = TILE) -> l
 
 RIVALS: Ways = {
     "tomesd-0.1.3": Way(
-        "the last release before this package",
-        "C5",
-        patch_old,
-        block=True,
-        ideal="ideal",
-        needs=needs_of_old,
+        "the last release before this package", "C5", patch_old, block=True, ideal="ideal", needs=needs_of_old
     ),
     "todo": Way(
-        "ToDo: keys and values from every second token of every second row, finest level",
+        "ToDo: keys from every second token and row, finest level",
         "C4",
         apply_todo,
         block=True,
         has_ratio=False,
     ),
     "hypertile": Way(
-        f"HyperTile: attention within tiles of about {TILE} x {TILE} tokens, finest level",
+        f"HyperTile: within about {TILE} x {TILE} tokens, finest level",
         "C6",
         apply_hypertile,
         block=True,

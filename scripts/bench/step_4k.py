@@ -41,6 +41,7 @@ from tomesd.commands.runs import Run, patched
 from tomesd.commands.ways import patch_block
 from tomesd.families import find_networks, find_sites
 
+PROGRAM = "python scripts/bench step-4k"
 TEXT_TOKENS = 16
 # Shown as, way, ratio.
 WAYS = {
@@ -100,8 +101,8 @@ def time_plan(channels: int, h: int, w: int, batch: int) -> None:
 
 
 @torch.no_grad()
-def run(program: str, arguments: Sequence[str] | None) -> int:
-    parser = Parser(program, __doc__)
+def run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(PROGRAM, __doc__)
     parser.add_argument(
         "--model", type=Path, default=EMOJI_MODEL, help="folder of a pipeline (the shipped one)"
     )
@@ -134,8 +135,7 @@ def run(program: str, arguments: Sequence[str] | None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    program = "python scripts/bench step-4k"
-    return guarded(program, lambda: run(program, arguments))
+    return guarded(PROGRAM, lambda: run(arguments))
 
 
 if __name__ == "__main__":

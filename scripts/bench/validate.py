@@ -28,6 +28,8 @@ from tqdm import tqdm
 import tomesd.vit as tome
 from tomesd.commands.common import Parser, guarded, positive
 
+PROGRAM = "python scripts/bench validate"
+
 
 def load(name: str, pretrained: bool) -> tuple[nn.Module, Callable[[Any], Tensor]]:
     """The model, and what turns a PIL picture into its input."""
@@ -65,8 +67,8 @@ def validate(
     return 100 * every.mean(0), len(every) / (time.perf_counter() - begin)
 
 
-def run(program: str, arguments: Sequence[str] | None) -> int:
-    parser = Parser(program, __doc__)
+def run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--data", required=True, help="folder with one folder of pictures for each class")
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True)
@@ -101,8 +103,7 @@ def run(program: str, arguments: Sequence[str] | None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    program = "python scripts/bench validate"
-    return guarded(program, lambda: run(program, arguments))
+    return guarded(PROGRAM, lambda: run(arguments))
 
 
 if __name__ == "__main__":

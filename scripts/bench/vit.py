@@ -47,6 +47,7 @@ from tomesd.commands.common import (
 from tomesd.commands.pipelines import pick_device
 from tomesd.commands.runs import Run, measure, report
 
+PROGRAM = "python scripts/bench vit"
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "prop_attn=False": {"prop_attn": False},
@@ -186,8 +187,8 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def run(program: str, arguments: Sequence[str] | None) -> int:
-    parser = Parser(program, __doc__)
+def run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, help="names of timm, or name@size")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 384], help="for models without @size")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
@@ -225,8 +226,7 @@ def run(program: str, arguments: Sequence[str] | None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    program = "python scripts/bench vit"
-    return guarded(program, lambda: run(program, arguments))
+    return guarded(PROGRAM, lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Scripts that count and time what large pictures take."""
+"""Scripts that count and time what large pictures and vision transformers take."""
+
+import csv
 
 import count
 import step_4k
 import tiny
 import torch
+import vit
 
 from tomesd.commands import memory, models
 
@@ -52,3 +55,17 @@ def test_the_old_release_is_left_out_where_its_similarities_do_not_fit(monkeypat
     _, old, ours, _ = capsys.readouterr().out.strip().split("\n")
     assert old.startswith("tomesd 0.1.3: skipped: needs about")
     assert ours.startswith("4k: ")
+
+
+def test_a_vision_transformer_is_timed_in_each_way(tmp_path, capsys):
+    table, plot = tmp_path / "v.csv", tmp_path / "v.png"
+    call = ["--models", "vit_tiny_patch16_224@64", "--batches", "1", "--dtypes", "float32", "--rounds", "2"]
+    assert vit.main([*call, "--device", "cpu", "--csv", str(table), "--plot", str(plot)]) == 0
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["way"] for row in rows] == ["plain", "ours, default", "ours, prop_attn=False", "ideal"]
+    assert [row["note"] for row in rows] == [""] * 4
+    assert all(float(row["speedup"]) > 0 for row in rows)
+    assert float(rows[0]["error"]) == 0 < float(rows[1]["error"]) < 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "vit_tiny_patch16_224, size 64, dtype float32" in capsys.readouterr().out

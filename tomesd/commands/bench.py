@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -163,16 +162,11 @@ def table(rows: list[Row]) -> str:
     return f"{title}\n{common.figures_table('way', FIGURES, rows, FORMATS)}\n"
 
 
-def list_ways(ways: Ways) -> None:
-    width = max(map(len, ways))
-    for name, way in ways.items():
-        print(f"{name:{width}}  {way.explains}{'' if way.block else ' (whole UNets only)'}")
-
-
 def run(args: argparse.Namespace, ways: Ways) -> int:
     """The exit code: 1 if no way could be measured."""
     if args.list:
-        list_ways(ways)
+        only = {False: " (whole UNets only)", True: ""}
+        common.list_lines({name: way.explains + only[way.block] for name, way in ways.items()})
         return 0
     check(args, ways)
     need("diffusers")
@@ -212,7 +206,3 @@ def run(args: argparse.Namespace, ways: Ways) -> int:
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM, ways: Ways = WAYS) -> int:
     return guarded(program, lambda: run(make_parser(program, ways).parse_args(arguments), ways))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

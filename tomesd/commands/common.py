@@ -62,10 +62,8 @@ def dispatch(
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
-        width = max(map(len, commands))
         print(f"usage: {program} COMMAND ...\n")
-        for command, about in commands.items():
-            print(f"  {command:{width}}  {about}")
+        list_lines(commands)
         print(f"\n{program} COMMAND --help explains each.")
         return 0
     if name not in commands:
@@ -140,6 +138,13 @@ def check_parent(path: Path | None, option: str) -> None:
     """Raises a UserError for a file whose folder is missing: now, and not after hours."""
     if path and not path.parent.is_dir():
         raise UserError(f"argument {option}: there is no folder {path.parent}")
+
+
+def list_lines(lines: Mapping[str, str]) -> None:
+    """Prints names with what each of them is."""
+    width = max(map(len, lines))
+    for name, about in lines.items():
+        print(f"{name:{width}}  {about}")
 
 
 def say(line: str) -> None:

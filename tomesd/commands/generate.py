@@ -18,19 +18,19 @@ import math
 import os
 import re
 import statistics
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 import tomesd
 
 from ..config import MergeConfig
-from . import memory
+from . import memory, metrics, plot
 from .common import Parser, UserError, aligned, check_multiple, guarded, need, positive, say, size, timed
 from .pipelines import (
     EMOJI_MODEL,
@@ -71,8 +71,8 @@ class Series:
         return max((peak for peak in self.peaks if peak is not None), default=None)
 
 
-def parse_args(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
-    p = Parser(program, __doc__)
+def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(PROGRAM, __doc__)
     p.add_argument("prompts", nargs="*", metavar="prompt", help="what to draw; put each prompt in quotes")
     p.add_argument("--model", help="folder or hub id of a diffusers pipeline (default: examples/emoji-model)")
     p.add_argument(
@@ -151,10 +151,10 @@ def hint_unknown_things(args: argparse.Namespace) -> None:
     names = EMOJI_MODEL / "names.txt"
     if not args.shipped or not names.is_file():
         return
-    known = names.read_text(encoding="utf-8").replace("\n", " / ").split(" / ")
+    known = [name for thing in metrics.read_names(EMOJI_MODEL) for name in thing]
     for prompt in args.prompts:
         text = f" {' '.join(re.findall(r'[a-z]+', prompt.lower()))} "
-        if not any(name and f" {name} " in text for name in known):
+        if not any(f" {name} " in text for name in known):
             say(f"note: the emoji model was not taught {prompt!r}; the things that it knows are in {names}")
 
 
@@ -221,11 +221,9 @@ def compare(drawer: Drawer) -> tuple[Series, Series]:
 
 
 def differences(a: Image.Image, b: Image.Image) -> tuple[float, float]:
-    """Mean absolute difference (of 255) and PSNR in dB, infinite for the same picture."""
-    np = need("numpy")
-    x, y = (np.asarray(p.convert("RGB"), dtype=np.float64) for p in (a, b))
-    mse = float(np.square(x - y).mean())
-    return float(np.abs(x - y).mean()), 10 * math.log10(255**2 / mse) if mse else math.inf
+    """Mean absolute difference (of 255) and PSNR in dB."""
+    x, y = (np.asarray(picture.convert("RGB")) for picture in (a, b))
+    return float(np.abs(x.astype(int) - y).mean()), float(metrics.psnr(x[None], y[None])[0])
 
 
 def slug(prompt: str) -> str:
@@ -260,7 +258,7 @@ def human(size: int | None) -> str:
 
 
 def psnr_text(psnr: float) -> str:
-    return "the same" if math.isinf(psnr) else f"{psnr:.1f} dB"
+    return "the same" if psnr == metrics.EQUAL else f"{psnr:.1f} dB"
 
 
 def summary(drawer: Drawer, plain: Series, merged: Series) -> str:
@@ -284,38 +282,27 @@ def summary(drawer: Drawer, plain: Series, merged: Series) -> str:
 
 def sheet(args: argparse.Namespace, plain: Series, merged: Series, title: str) -> Any:
     """Plain over merged over their difference, one column per prompt, as a matplotlib figure."""
+    columns, captions = [], []
+    for i, prompt in enumerate(args.prompts):
+        pair = [drawn.pictures[i].convert("RGB") for drawn in (plain, merged)]
+        mean, psnr = differences(*pair)
+        columns.append((prompt, [*pair, amplified(*pair)]))
+        seconds = [f"{drawn.seconds[i]:.2f} s" for drawn in (plain, merged)]
+        captions.append([*seconds, f"mean {mean:.1f} of 255, {psnr_text(psnr)}"])
     inches = max(2.0, plain.pictures[0].width / 100)  # at 100 dpi no picture is shown smaller than it is
-    columns = len(args.prompts)
-    size = (columns * inches + 0.5, 3 * inches + 1.7)
-    figure = need("matplotlib.figure").Figure(figsize=size, dpi=100, layout="constrained")
-    axes = figure.subplots(3, columns, squeeze=False)
+    figure = plot.sheet(columns, [plain.label, merged.label, f"difference x{AMPLIFY}"], captions, inches)
     costs = [f"{drawn.label}: {drawn.median:.2f} s, {human(drawn.peak)}" for drawn in (plain, merged)]
     heading = "; ".join([title.split("\n")[0], *costs])
-    figure.suptitle("\n".join(textwrap.wrap(heading, width=round(13 * size[0]))), fontsize=9)
-    for row, name in enumerate((plain.label, merged.label, f"difference x{AMPLIFY}")):
-        axes[row, 0].set_ylabel(name)
-    for column, prompt in enumerate(args.prompts):
-        axes[0, column].set_title(
-            textwrap.shorten(prompt, round(14 * inches), placeholder=" ..."), fontsize=10
-        )
-        pair = [drawn.pictures[column].convert("RGB") for drawn in (plain, merged)]
-        mean, psnr = differences(*pair)
-        cells = (
-            (pair[0], f"{plain.seconds[column]:.2f} s"),
-            (pair[1], f"{merged.seconds[column]:.2f} s"),
-            (amplified(*pair), f"mean {mean:.1f} of 255, {psnr_text(psnr)}"),
-        )
-        for row, (picture, caption) in enumerate(cells):
-            axes[row, column].imshow(picture, interpolation="nearest")
-            axes[row, column].set(xticks=[], yticks=[])
-            axes[row, column].set_xlabel(caption, fontsize=9)
+    width = figure.get_size_inches()[0]
+    figure.suptitle(textwrap.fill(heading, round(13 * width)), fontsize=9)
     return figure
 
 
 def amplified(a: Image.Image, b: Image.Image) -> Image.Image:
     """The difference of two pictures on white, times AMPLIFY."""
     chops = need("PIL.ImageChops")
-    return chops.invert(chops.difference(a, b).point(lambda value: min(255, AMPLIFY * value)))
+    picture: Image.Image = chops.invert(chops.difference(a, b).point(lambda value: min(255, AMPLIFY * value)))
+    return picture
 
 
 def run(args: argparse.Namespace) -> int:
@@ -345,14 +332,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(
-        program,
-        lambda: run(parse_args(arguments, program)),
+        PROGRAM,
+        lambda: run(parse_args(arguments)),
         "a higher --ratio (up to 0.75), a smaller --size, --dtype fp16 on a GPU, or for large pictures "
         "python -m tomesd generate-4k",
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

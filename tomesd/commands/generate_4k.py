@@ -83,8 +83,8 @@ class Stage:
         return statistics.median(self.steps[1:] or self.steps)
 
 
-def parse_args(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
-    p = Parser(program, __doc__)
+def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(PROGRAM, __doc__)
     p.add_argument("prompt", nargs="?", help="what to draw, in quotes")
     which = p.add_mutually_exclusive_group()
     which.add_argument("--model", default=MODEL, help=f"folder or hub id of a pipeline ({MODEL})")
@@ -307,13 +307,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(
-        program,
-        lambda: run(parse_args(arguments, program)),
+        PROGRAM,
+        lambda: run(parse_args(arguments)),
         "a smaller --size, --dtype fp16 on a GPU, or a higher --ratio without --compare",
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -98,9 +98,10 @@ def load_pipeline(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints concern parts that are not used here
     local = Path(model).expanduser()
     source = str(local) if local.is_dir() else model
+    diffusers = need("diffusers")
     say(f"loading {source} on {device} as {str(dtype).removeprefix('torch.')}")
     try:
-        pipe = need("diffusers").DiffusionPipeline.from_pretrained(source, **dtype_option(dtype))
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, **dtype_option(dtype))
     except Exception as error:
         if local.is_dir():
             raise UserError(f"{local} cannot be loaded as a pipeline: {first_line(error)}") from None

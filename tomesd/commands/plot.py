@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -162,19 +162,31 @@ def curves(rows: list[Row], column: str, label: str, title: str, ways: Ways) -> 
     return figure
 
 
-def sheet(columns: dict[str, Any], rows: list[str]) -> Any:
-    """A figure of matplotlib: pictures, as many in each column as there are names of rows."""
-    size = (1.1 * len(columns) + 1, 1.1 * len(rows) + 0.4)
-    figure = need("matplotlib.figure").Figure(figsize=size, layout="constrained")
+def sheet(
+    columns: Sequence[tuple[str, Sequence[Any]]],
+    rows: Sequence[str],
+    captions: Sequence[Sequence[str]] = (),
+    inches: float = 1.0,
+) -> Any:
+    """A figure of matplotlib: pictures, as many in each column as there are names of rows.
+
+    Args:
+        columns: the name and the pictures of each.
+        captions: of the pictures of each column.
+        inches: side of a picture.
+    """
+    side, font = inches + 0.1, 7 if inches < 2 else 9
+    size = (side * len(columns) + 1, (side + 0.3 * bool(captions)) * len(rows) + 0.4)
+    figure = need("matplotlib.figure").Figure(figsize=size, dpi=100, layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    for j, (name, pictures) in enumerate(columns.items()):
-        axes[0, j].set_title(name.replace(" ", "\n"), fontsize=7)
-        for axis, picture in zip(axes[:, j], pictures, strict=True):
-            axis.imshow(picture)
-            axis.set(xticks=[], yticks=[])
+    for j, (name, pictures) in enumerate(columns):
+        axes[0, j].set_title(textwrap.fill(name, round(14 * inches)), fontsize=font)
+        for i, (axis, picture) in enumerate(zip(axes[:, j], pictures, strict=True)):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[], xlabel=captions[j][i] if captions else "")
             axis.spines[:].set_visible(False)
     for axis, row in zip(axes[:, 0], rows, strict=True):
-        axis.set_ylabel(row[:40], fontsize=7, rotation=0, ha="right", va="center")
+        axis.set_ylabel(textwrap.fill(row, 16), fontsize=font, rotation=0, ha="right", va="center")
     return figure
 
 
@@ -190,7 +202,3 @@ def run(args: argparse.Namespace, ways: Ways) -> int:
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM, ways: Ways = WAYS) -> int:
     return guarded(program, lambda: run(make_parser(program).parse_args(arguments), ways))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

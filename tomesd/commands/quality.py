@@ -32,7 +32,6 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,7 @@ QUICK: Row = {"prompts": 4, "steps": 5, "ways": ["windowed", "keys", FEWER], "ra
 # Not drawn unless asked for: hardly other than all-levels, and for SDXL.
 RARE = ("auto", "stage-4")
 FORMATS = {
-    **{"seconds": "#.3g", "speed": ".2f", "peak_mib": ".0f", "step_error": ".4f", "guided_error": ".4f"},
+    **{"seconds": "#.3g", "speed": ".2f", "peak_mib": ".0f", "step_error": ".4f", "guided_error": ".4f"}
 }
 AXES = {"step_error": "error of a step", "guided_error": "error of a step after guidance"}
 # What is written into the folder of what is kept by default.
@@ -280,7 +279,7 @@ def draw_and_measure(
     return rows, pictures
 
 
-def columns(pictures: dict[Point, Pictures], rows: int) -> dict[str, Pictures]:
+def columns(pictures: dict[Point, Pictures], rows: int) -> list[tuple[str, Pictures]]:
     """For the sheet: of each way the point whose ratio is nearest to 0.5, or which has the fewest steps."""
     ways: dict[str, list[Point]] = {}
     for point in pictures:
@@ -290,7 +289,7 @@ def columns(pictures: dict[Point, Pictures], rows: int) -> dict[str, Pictures]:
         return abs((point.ratio or 0) - 0.5), point.steps
 
     shown = [min(here, key=far) for here in ways.values()]
-    return {point.name: pictures[point][:rows] for point in shown}
+    return [(point.name, pictures[point][:rows]) for point in shown]
 
 
 def plots(
@@ -316,8 +315,8 @@ def heading(args: argparse.Namespace, prompts: int) -> str:
 def run(args: argparse.Namespace, compared: Comparison) -> int:
     """The exit code: 1 if no way but plain could be drawn."""
     if args.list:
-        for way in compared.names:
-            print(f"{way:16}  {'plain, with fewer steps' if way == FEWER else compared.ways[way].explains}")
+        fewer = {FEWER: "plain, with fewer steps"}
+        common.list_lines({way: fewer.get(way) or compared.ways[way].explains for way in compared.names})
         return 0
     check(args, compared)
     prompts = read_prompts(args)
@@ -354,7 +353,3 @@ def main(
     arguments: Sequence[str] | None = None, program: str = PROGRAM, compared: Comparison = COMPARISON
 ) -> int:
     return guarded(program, lambda: run(make_parser(program, compared).parse_args(arguments), compared))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

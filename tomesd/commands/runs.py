@@ -143,7 +143,7 @@ def report(seconds: Mapping[str, list[float]], ideals: Mapping[str, str | None])
 
 def share(seconds: Mapping[str, float], name: str, ideal: str | None) -> float | None:
     """How much of what its ideal saves a way saves; None where that is not known or next to nothing."""
-    if ideal not in seconds or "plain" not in seconds:
+    if ideal is None or ideal not in seconds or "plain" not in seconds:
         return None
     saving = seconds["plain"] - seconds[ideal]
     return (seconds["plain"] - seconds[name]) / saving if saving > LEAST_SAVING * seconds["plain"] else None

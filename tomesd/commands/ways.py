@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,15 +102,20 @@ def two_finest(setting: Setting) -> int:
     return 2 * setting.downsample
 
 
+def up_to(downsample: int) -> Callable[[Setting], int]:
+    """Levels up to this one."""
+    return lambda setting: downsample
+
+
 def own(
     explains: str,
     colour: str,
     options: Options,
+    ideal: str | None = None,
     *,
     levels: Callable[[Setting], int] = finest,
-    sliced: bool = False,
     block: bool = False,
-    ideal: str | None = None,
+    sliced: bool = False,
 ) -> Way:
     """A way of this package.
 
@@ -129,114 +135,41 @@ def own(
     return Way(explains, colour, patch, block, ideal)
 
 
-def stage(ratio: float) -> dict[str, Any]:
-    return dict(ratio=ratio, merge_stage=True)
+def merge(**options: Any) -> Options:
+    """What apply_patch is given beside the ratio."""
+    return lambda ratio: {"ratio": ratio, **options}
 
+
+# The limit of a way: the same with tokens cut by slicing.
+ideal_of = partial(own, sliced=True)
+DEFAULT, KEYS, STAGE = merge(), merge(keys_only=True), merge(merge_stage=True)
 
 # In the order in which they run: errors are distances from plain's output, so it is the first. Ideals have
 # the colour of what they limit.
 WAYS: Ways = {
     "plain": Way("fused attention on all tokens", "0.55", lambda network, setting: None, block=True),
-    "ideal": own(
-        "tokens cut by slicing and given back by repetition: no matching, no merging",
-        "C0",
-        lambda ratio: dict(ratio=ratio),
-        sliced=True,
-        block=True,
-        ideal="ideal",
-    ),
-    "exact": own(
-        'tomesd with matching="exact", over the whole image',
-        "C9",
-        lambda ratio: dict(ratio=ratio, matching="exact"),
-        block=True,
-        ideal="ideal",
-    ),
-    "windowed": own(
-        "tomesd by default: matching in windows, each block plans for itself",
-        "C0",
-        lambda ratio: dict(ratio=ratio),
-        block=True,
-        ideal="ideal",
-    ),
-    "prop-attn": own(
-        "tomesd with prop_attn=True: keys weighed by how many tokens merged into them",
-        "C3",
-        lambda ratio: dict(ratio=ratio, prop_attn=True),
-        ideal="ideal",
-    ),
-    "keys": own(
-        "tomesd with keys_only=True: all queries, and a sample of the keys",
-        "k",
-        lambda ratio: dict(ratio=ratio, keys_only=True),
-        block=True,
-    ),
-    "all-levels": own(
-        "tomesd with max_downsample=8: at small levels merging may cost more than it saves",
-        "C7",
-        lambda ratio: dict(ratio=ratio),
-        levels=lambda setting: 8,
-    ),
-    "auto": own(
-        "the same with auto=True: blocks are left alone where merging does not pay",
-        "C8",
-        lambda ratio: dict(ratio=ratio, auto=True),
-        levels=lambda setting: 8,
-    ),
-    "ideal-stage": own(
-        "as ideal, but each transformer runs all of its blocks on the tokens that are left",
-        "C1",
-        stage,
-        sliced=True,
-        ideal="ideal-stage",
-    ),
-    "stage": own(
-        "tomesd with merge_stage=True: merged once for all blocks of a transformer",
-        "C1",
-        stage,
-        ideal="ideal-stage",
-    ),
+    "ideal": ideal_of("tokens cut by slicing, given back by repetition", "C0", DEFAULT, "ideal", block=True),
+    "exact": own('matching="exact", in the whole image', "C9", merge(matching="exact"), "ideal", block=True),
+    "windowed": own("the default: matching in windows", "C0", DEFAULT, "ideal", block=True),
+    "prop-attn": own("keys weigh as much as they merged", "C3", merge(prop_attn=True), "ideal"),
+    "keys": own("keys_only=True: all queries, and a sample of the keys", "k", KEYS, block=True),
+    "all-levels": own("max_downsample=8: may cost more than it saves", "C7", DEFAULT, levels=up_to(8)),
+    "auto": own("the same with auto=True: only where it pays", "C8", merge(auto=True), levels=up_to(8)),
+    "ideal-stage": ideal_of("as ideal, for all blocks of a transformer", "C1", STAGE, "ideal-stage"),
+    "stage": own("merged once for all blocks of a transformer", "C1", STAGE, "ideal-stage"),
     "stage-prop-attn": own(
-        "the same with prop_attn=True",
-        "gold",
-        lambda ratio: dict(ratio=ratio, merge_stage=True, prop_attn=True),
-        ideal="ideal-stage",
+        "the same with prop_attn=True", "gold", merge(merge_stage=True, prop_attn=True), "ideal-stage"
     ),
-    "ideal-stage-4": own(
-        "as ideal-stage, down to max_downsample=4",
-        "C3",
-        stage,
-        levels=lambda setting: 4,
-        sliced=True,
-        ideal="ideal-stage-4",
+    "ideal-stage-4": ideal_of(
+        "as ideal-stage, with max_downsample=4", "C3", STAGE, "ideal-stage-4", levels=up_to(4)
     ),
-    "stage-4": own(
-        "tomesd with merge_stage=True and max_downsample=4, as for SDXL",
-        "C3",
-        stage,
-        levels=lambda setting: 4,
-        ideal="ideal-stage-4",
-    ),
-    "4k": own(
-        "tomesd with keys_only=True at the two finest levels, as generate-4k does",
-        "darkgreen",
-        lambda ratio: dict(ratio=ratio, keys_only=True),
-        levels=two_finest,
-    ),
-    "ideal-4k-stage": own(
-        "as ideal-stage, at the two finest levels",
-        "saddlebrown",
-        stage,
-        levels=two_finest,
-        sliced=True,
-        ideal="ideal-4k-stage",
+    "stage-4": own("stage with max_downsample=4, for SDXL", "C3", STAGE, "ideal-stage-4", levels=up_to(4)),
+    "4k": own("keys at the two finest levels, as generate-4k", "darkgreen", KEYS, levels=two_finest),
+    "ideal-4k-stage": ideal_of(
+        "as ideal-stage, at the two finest levels", "saddlebrown", STAGE, "ideal-4k-stage", levels=two_finest
     ),
     "4k-stage": own(
-        "at the two finest levels with merge_stage=True, as generate-4k --merge-stage does",
-        "saddlebrown",
-        stage,
-        levels=two_finest,
-        ideal="ideal-4k-stage",
+        "stage at the two finest levels", "saddlebrown", STAGE, "ideal-4k-stage", levels=two_finest
     ),
 }
 
