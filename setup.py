@@ -5,14 +5,12 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "tomesd/__init__.py").read_text(encoding="utf-8"))[1]
+# What the commands `generate` and `generate-4k` need, and then `bench`, `plot` and `quality`.
 diffusers = [
     *("diffusers>=0.30", "transformers>=4.40", "accelerate>=0.30", "safetensors>=0.4"),
-    *("pillow", "matplotlib"),  # for examples/generate.py
+    *("pillow", "matplotlib"),
 ]
-bench = [
-    *("diffusers>=0.30", "tqdm", "matplotlib"),
-    *("transformers>=5", "onnx", "scikit-image", "pillow"),  # for `python -m tomesd quality`
-]
+bench = [*diffusers, "tqdm", "scikit-image"]
 vit = ["timm>=1.0", "torchvision", "transformers>=5", "tqdm", "pillow"]
 
 setup(
@@ -33,7 +31,6 @@ setup(
         "vit": vit,
         "xformers": ["xformers"],
         "dev": [
-            *diffusers,
             *bench,
             *vit,
             "peft",
@@ -42,7 +39,7 @@ setup(
             "hypothesis",
             "ruff",
             # for scripts/
-            "fonttools",
+            *("fonttools", "onnx"),
             # what CompVis' ldm imports; the tests run against it
             "einops",
             "omegaconf",

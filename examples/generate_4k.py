@@ -1,380 +1,51 @@
-"""Draw a picture of 3840x2176 pixels, with a fraction of the attention.
+"""Draws a picture of 3840 x 2176 pixels: at the model's own size, then upscaled and refined by img2img.
 
-    python examples/generate_4k.py "a harbour at sunrise"        # Stable Diffusion 1.5 from the hub
-    python examples/generate_4k.py "a harbour at sunrise" --size 4096 --merge-stage \\
-        --model stabilityai/stable-diffusion-xl-base-1.0
-    python examples/generate_4k.py --random --compare            # no weights: what 50 steps take
-    python examples/generate_4k.py "red apple" --model examples/emoji-model --size 256x128 --steps 20
+    python examples/generate_4k.py "a harbour at sunrise"
+    python examples/generate_4k.py "red apple" --model examples/emoji-model --size 256 128
 
-A model draws well at the size that it was trained at, and repeats things at larger ones.  So the picture is
-drawn at about that size, upscaled, and refined at the size asked for by img2img: most of the time goes there,
-and there tomesd is at work.  ``--direct`` draws at once at the size asked for.
-
-At the two finest levels with attention every token looks at one of 16 others.  TFLOPs of a step with both
-guidance halves, and GiB that it needs beside the weights, as ``scripts/count_unet.py`` counts them:
-
-                                 SD 1.5, 3840x2176     SDXL, 4096x4096
-    plain                             292   4.1             576   4.9
-    tomesd as it comes                128   4.1             409   4.9
-    this                               61   4.1             201   4.9
-    this with --merge-stage            55   2.2             113   4.4
-
-Self-attention alone, with keys_only, strays least from the plain picture.  With ``--merge-stage`` three of
-four tokens merge, for all parts of a transformer: take it for SDXL, where these weigh more, and where memory
-is short.
-
-``bash scripts/bench_gpu.sh outputs/gpu 4k`` measures steps alone on a GPU, tomesd 0.1.3 among them.
+Nearly all of the time goes into refining. There every token looks at one of 16 others, at the two finest
+levels with attention. `python -m tomesd generate-4k` takes SDXL too, and measures time and memory.
 """
 
-from __future__ import annotations
-
 import argparse
-import itertools
-import math
-import os
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
-import generate
-from generate import UserError, human, need, positive, say, size
+import torch
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from PIL import Image, ImageOps
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-# What one denoises from, in the text encoder and the autoencoder of Stable Diffusion 1.5.
-TEXT = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-}
-AUTOENCODER = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+import tomesd
 
 
-@dataclass
-class Stage:
-    """A picture and what it cost; `steps` are the seconds of each denoising step."""
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("prompt", help="what to draw, in quotes")
+    parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    parser.add_argument("--size", type=int, nargs=2, default=(3840, 2176), metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps (50)")
+    parser.add_argument("--strength", type=float, default=0.4, help="share of the steps that refine (0.4)")
+    parser.add_argument("--out", type=Path, default=Path("4k.png"), help="(4k.png)")
+    args = parser.parse_args(arguments)
 
-    name: str
-    label: str
-    picture: Image.Image
-    seconds: float
-    steps: list[float]
-    peak: int | None
+    cuda = torch.cuda.is_available()
+    pipe = DiffusionPipeline.from_pretrained(args.model)
+    pipe.to("cuda" if cuda else "cpu", torch.float16 if cuda else torch.float32)
+    pipe.vae.enable_tiling()  # at once, it would need tens of gigabytes for a picture of this size
+    refine = AutoPipelineForImage2Image.from_pipe(pipe)
 
-    @property
-    def step(self) -> float:
-        """Median seconds of a step, without the first, in which text and picture are encoded."""
-        return statistics.median(self.steps[1:] or self.steps)
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description="Draw a 4K picture with a Stable Diffusion pipeline: at the model's own size, then "
-        "upscaled and refined by img2img with most of its attention saved by tomesd.",
-        epilog=f"Without --model it is {MODEL}, from the Hugging Face Hub.",
-    )
-    p.add_argument("prompt", nargs="?", help="what to draw, in quotes")
-    which = p.add_mutually_exclusive_group()
-    which.add_argument("--model", default=MODEL, help="folder or hub id of a diffusers pipeline")
-    which.add_argument(
-        "--random",
-        action="store_true",
-        help="Stable Diffusion 1.5 in full size with random weights, directly: draws noise, needs no "
-        "download, costs what the real one costs",
-    )
-    p.add_argument("--size", type=size, default=(3840, 2176), help="N or WxH in pixels (default: 3840x2176)")
-    p.add_argument(
-        "--direct",
-        action="store_true",
-        help="draw at once at --size: models repeat things at sizes far above their own",
-    )
-    p.add_argument("--base-size", type=size, help="what to draw first (default: near the model's own size)")
-    p.add_argument(
-        "--strength", type=float, help="share of the steps that refine the upscaled picture (default: 0.4)"
-    )
-    p.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
-    p.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
-    p.add_argument(
-        "--ratio", type=float, default=0.75, help="share of tokens to save, 0 for none (default: 0.75)"
-    )
-    p.add_argument(
-        "--merge-stage",
-        action="store_true",
-        help="run whole transformers on merged tokens: faster and in less memory, but further from plain",
-    )
-    p.add_argument(
-        "--max-downsample",
-        type=int,
-        choices=(1, 2, 4, 8),
-        help="save at levels up to this one (default: the two finest with attention)",
-    )
-    p.add_argument("--compare", action="store_true", help="do the last stage without tomesd as well")
-    p.add_argument("--seed", type=int, default=0, help="seed of the picture (default: 0)")
-    generate.add_places(p)
-    args = p.parse_args(argv)
-    if args.prompt is None and not args.random:
-        p.error("what is to be drawn? give a prompt in quotes, or --random to measure without weights")
-    for option in ("base_size", "strength"):
-        if getattr(args, option) is not None and (args.direct or args.random):
-            p.error(
-                f"--{option.replace('_', '-')} means nothing with {'--random' if args.random else '--direct'}"
-            )
-    if args.strength is None:
-        args.strength = 0.4
-    args.direct = args.direct or args.random
-    args.prompt = "noise" if args.prompt is None else args.prompt
-    return args
-
-
-def check_cheap(args: argparse.Namespace) -> None:
-    """Whatever can be known to be wrong before the slow imports, and before a model is loaded."""
-    # One prompt, and the names that generate.py has for things.
-    generate.check_cheap(argparse.Namespace(**{**vars(args), "prompts": [args.prompt]}))
-    if args.base_size:
-        generate.check_multiple(args.base_size, 8, "--base-size")
-    if not 0 < args.strength <= 1:
-        raise UserError(f"--strength has to be above 0 and at most 1, not {args.strength}")
-    if not args.direct and int(args.steps * args.strength) < 1:
-        raise UserError(
-            f"--steps {args.steps} times --strength {args.strength} leaves no step to refine in: raise one"
-        )
-    generate.check_ratio(args.ratio, keys_only=not args.merge_stage)
-
-
-def random_pipeline(device: Any, dtype: Any) -> Any:
-    """Stable Diffusion 1.5 in full size, its weights random; made where and as they are needed."""
-    torch, diffusers, transformers = need("torch"), need("diffusers"), need("transformers")
-    unet = need("tomesd.bench.models").MODELS["sd15"].config
-    letters = sorted(need("tokenizers.pre_tokenizers").ByteLevel.alphabet())
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = transformers.CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77
-    )
-    before = torch.get_default_dtype()
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            parts = {
-                "unet": diffusers.UNet2DConditionModel(**unet, sample_size=64),
-                "vae": diffusers.AutoencoderKL(**AUTOENCODER),
-                "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)),
-            }
-    finally:
-        torch.set_default_dtype(before)
-    for part in parts.values():
-        part.eval()
-    return diffusers.StableDiffusionPipeline(
-        **parts,
-        tokenizer=tokenizer,
-        scheduler=diffusers.DDIMScheduler(**SCHEDULER),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def load(args: argparse.Namespace, device: Any) -> Any:
-    if args.random:
-        dtype = generate.pick_dtype(args.dtype, device)
-        say(f"making a random Stable Diffusion 1.5 on {device} as {str(dtype).removeprefix('torch.')}")
-        say("note: the picture will be noise; only seconds and memory mean something")
-        pipe = random_pipeline(device, dtype)
-    else:
-        pipe = generate.load_pipeline(args, device, f"take --random or --model {generate.EMOJI_MODEL}")
-    if not (hasattr(pipe, "unet") and hasattr(pipe, "vae")):
-        raise UserError(f"{args.model} is a {type(pipe).__name__}, which has no UNet or no autoencoder")
-    # At once, the autoencoder alone would need tens of gigabytes for a picture of this size.
-    pipe.vae.enable_tiling()
-    pipe.vae.enable_slicing()
-    return pipe
-
-
-def base_size(pipe: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height near the model's own area and near the shape of `size`, even at all levels."""
-    multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    native = need("tomesd").explain(pipe)
-
-    def distance(candidate: tuple[int, int]) -> float:
-        width, height = candidate
-        shape = math.log(width / height) - math.log(size[0] / size[1])
-        return 2 * abs(shape) + abs(math.log(width * height / (native.width * native.height)))
-
-    sides = range(multiple, 2 * max(native.width, native.height) + multiple, multiple)
-    return min(itertools.product(sides, sides), key=distance)
-
-
-class Tiles:
-    """Tells how far the autoencoder is, which encodes and decodes large pictures tile by tile."""
-
-    def __init__(self, vae: Any) -> None:
-        self.halves = {"encoding": vae.encoder, "decoding": vae.decoder}
-
-    def __enter__(self) -> None:
-        self.hooks = [half.register_forward_hook(self.counter(name)) for name, half in self.halves.items()]
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        say("")
-
-    def counter(self, name: str) -> Callable[..., None]:
-        number = itertools.count(1)
-
-        def count(*call: object) -> None:
-            # Not a bar of tqdm: it could not be closed before the bar of the steps begins.
-            print(f"\r{name}: tile {next(number)}", end="", file=sys.stderr, flush=True)
-
-        return count
-
-
-@dataclass
-class Artist:
-    """Draws one picture in stages, and measures each."""
-
-    args: argparse.Namespace
-    device: Any
-    memory: generate.Memory = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.memory = generate.Memory(self.device)
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            need("torch").cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def draw(self, pipe: Any, name: str, label: str, **call: Any) -> Stage:
-        marks: list[float] = []
-
-        def mark(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            marks.append(self.now())
-            return tensors
-
-        if self.args.guidance is not None:
-            call["guidance_scale"] = self.args.guidance
-        call.setdefault("num_inference_steps", self.args.steps)
-        pipe.set_progress_bar_config(desc=label)
-        started = self.memory.start()
-        begin = self.now()
-        with Tiles(pipe.vae):
-            result = pipe(
-                prompt=self.args.prompt,
-                generator=need("torch").Generator().manual_seed(self.args.seed),
-                callback_on_step_end=mark,
-                **call,
-            )
-        end = self.now()
-        steps = [b - a for a, b in zip([begin, *marks], marks, strict=False)]
-        return Stage(name, label, result.images[0], end - begin, steps, self.memory.peak(started))
-
-
-def save(args: argparse.Namespace, stage: Stage) -> None:
-    stem = f"{generate.slug(args.prompt)}-{args.seed}-{'x'.join(map(str, stage.picture.size))}"
-    generate.write(stage.picture.save, args.out / f"{stem}-{stage.name}.png")
-
-
-def table(stages: list[Stage], memory: str) -> str:
-    """What each stage cost."""
-    lines = [("", "size", "seconds", "steps", "s/step", "50 steps", f"peak {memory}")]
-    for s in stages:
-        seconds = (f"{s.seconds:.2f}", str(len(s.steps)), f"{s.step:.3f}", f"{50 * s.step:.1f} s")
-        lines.append((s.label, "x".join(map(str, s.picture.size)), *seconds, human(s.peak)))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines
-    )
-
-
-def patch(args: argparse.Namespace, pipe: Any) -> None:
-    """Merges as asked for, and says what that saves."""
-    tomesd = need("tomesd")
-    try:
-        finest = min(row.downsample for row in tomesd.explain(pipe).rows)
-        tomesd.apply_patch(
-            pipe,
-            args.ratio,
-            args.max_downsample or min(8, 2 * finest),
-            merge_stage=args.merge_stage,
-            keys_only=not args.merge_stage,
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from None
-
-
-def run(args: argparse.Namespace) -> None:
-    check_cheap(args)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints concern parts that we do not use
-    tomesd, ops = need("tomesd"), need("PIL.ImageOps")
-    device = generate.pick_device(args.device)
-    pipe = load(args, device)
-    generate.check_pipeline_size(args, pipe)
-    if args.ratio:  # tried now, as the base picture takes a while
-        patch(args, pipe)
-        say(str(tomesd.explain(pipe, args.size[1], args.size[0])).split("\n")[-1])
-        tomesd.remove_patch(pipe)
-    artist = Artist(args, device)
-    stages = []
-    if args.direct:
-        last, what = pipe, {"width": args.size[0], "height": args.size[1]}
-    else:
-        try:
-            last = need("diffusers").AutoPipelineForImage2Image.from_pipe(pipe)
-        except ValueError:
-            raise UserError(f"diffusers has no img2img for {type(pipe).__name__}: take --direct") from None
-        width, height = args.base_size or base_size(pipe, args.size)
-        if abs(width / height * args.size[1] / args.size[0] - 1) > 0.1:
-            say(f"note: {width}x{height} is of another shape than the picture, and will be cropped to it")
-        stages.append(artist.draw(pipe, "base", "base", width=width, height=height))
-        save(args, stages[0])
-        large = ops.fit(stages[0].picture, args.size, method=need("PIL.Image").Resampling.LANCZOS)
-        what = {"image": large, "strength": args.strength}
-    if args.compare and device.type == "cuda":  # or the first of the two would pay for what is made once
-        artist.draw(last, "", "warm-up", **what, num_inference_steps=math.ceil(1 / args.strength))
-    for merged in (False, True) if args.compare and args.ratio else (args.ratio > 0,):
-        if merged:
-            patch(args, last)
-        label = f"merged {args.ratio:.0%}" if merged else "plain"
-        stages.append(artist.draw(last, "merged" if merged else "plain", label, **what))
-        save(args, stages[-1])
-    print(table(stages, artist.memory.what))
-    if args.compare and args.ratio:
-        plain, merged = stages[-2:]
-        line = f"a merged step is {plain.step / merged.step:.2f} times as fast"
-        if not args.random:  # or it would compare noise with noise
-            line += f"; PSNR {generate.psnr_text(generate.differences(plain.picture, merged.picture)[1])}"
-        print(line)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    return generate.guarded(
-        "generate_4k.py",
-        lambda: run(args),
-        "a smaller --size, --dtype fp16 on a GPU, or a higher --ratio without --compare",
-    )
+    base = pipe(args.prompt, num_inference_steps=args.steps, generator=torch.manual_seed(0)).images[0]
+    large = ImageOps.fit(base, tuple(args.size), method=Image.Resampling.LANCZOS)
+    with tomesd.patched(refine, tomesd.SampleKeys(0.75), max_downsample=2):
+        picture = refine(
+            args.prompt,
+            image=large,
+            strength=args.strength,
+            num_inference_steps=args.steps,
+            generator=torch.manual_seed(0),
+        ).images[0]
+    picture.save(args.out)
+    print(args.out)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -15,10 +15,7 @@ speed = dict(device="cpu", runs=6, batch_size=8)
 
 plain = tome.utils.benchmark(model, **speed)
 tome.apply_patch(model)
-for r in (
-    8,
-    16,
-    (16, -1.0),
-):  # tokens to merge in each of the 12 layers; the last form: 32 in the first, then fewer
+# Tokens to merge in each of the 12 layers; the last form: 32 in the first, then fewer.
+for r in (8, 16, (16, -1.0)):
     model.r = r
     print(f"r = {r}: {tome.utils.benchmark(model, **speed) / plain:.2f}x the images per second")

@@ -9,26 +9,28 @@ folder="${1:-$root/outputs/gpu}"
 (($#)) && shift
 (($#)) || set -- block unet sdxl 4k compiled ops vit
 mkdir -p "$folder"
-bench() { python "$root/scripts/bench.py" --dtypes bfloat16 "$@"; }
-python="python $root/scripts/torchvision_ops.py $root/scripts"
+bench() { python "$root/scripts/bench" "$@"; }
+speed() { bench speed --dtypes bfloat16 "$@"; }
+# From any folder, this checkout of tomesd.
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 part() {
     case $1 in
-        block) bench --csv "$folder/block.csv" --sizes 512 1024 2048 3840x2176 ;;
-        unet) bench --csv "$folder/unet.csv" --level unet --sizes 512 1024 2048 3840x2176 4096 ;;
-        sdxl) bench --csv "$folder/sdxl.csv" --level unet --model sdxl --sizes 1024 2048 4096 ;;
+        block) speed --csv "$folder/block.csv" --sizes 512 1024 2048 3840x2176 ;;
+        unet) speed --csv "$folder/unet.csv" --level unet --sizes 512 1024 2048 3840x2176 4096 ;;
+        sdxl) speed --csv "$folder/sdxl.csv" --level unet --model sdxl --sizes 1024 2048 4096 ;;
         4k)
-            bench --csv "$folder/4k.csv" --level unet --sizes 3840x2176 --ratios 0.5 0.75 --rounds 5 \
+            speed --csv "$folder/4k.csv" --level unet --sizes 3840x2176 --ratios 0.5 0.75 --rounds 5 \
                 --ways tomesd-0.1.3 ideal windowed keys 4k ideal-4k-stage 4k-stage
-            $python/../examples/generate_4k.py --random --compare --out "$folder"
-            $python/../examples/generate_4k.py --random --merge-stage --out "$folder"
+            python -m tomesd generate-4k --random --compare --out "$folder"
+            python -m tomesd generate-4k --random --method merge-stage --out "$folder"
             ;;
         compiled)
-            bench --csv "$folder/compiled.csv" --level unet --compile --sizes 512 1024 2048 --rounds 5 \
-                --ways ideal windowed reuse prop-attn keys ideal-stage stage
+            speed --csv "$folder/compiled.csv" --level unet --compile --sizes 512 1024 2048 --rounds 5 \
+                --ways ideal windowed prop-attn keys ideal-stage stage
             ;;
-        ops) $python/bench_ops.py --device cuda --dtype bfloat16 ;;
-        vit) $python/bench_vit.py --device cuda --csv "$folder/vit.csv" --plot "$folder/vit.png" ;;
+        ops) bench ops --device cuda --dtype bfloat16 ;;
+        vit) bench vit --device cuda --csv "$folder/vit.csv" --plot "$folder/vit.png" ;;
         *) echo "no part is called $1: block unet sdxl 4k compiled ops vit" && return 2 ;;
     esac
 }
@@ -38,7 +40,7 @@ for name; do
     echo "== $name"
     part "$name" 2>"$folder/$name.err" | tee "$folder/$name.txt" || { code=$?; tail -n 3 "$folder/$name.err"; }
     if [[ -s "$folder/$name.csv" && $name != vit ]]; then
-        python -m tomesd plot "$folder/$name.csv" --out "$folder/$name.png"
+        bench plot "$folder/$name.csv" --out "$folder/$name.png"
     fi
 done
 exit $code

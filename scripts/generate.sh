@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Sets everything up where needed, then runs examples/generate.py:
+# Sets everything up where needed, then runs `python -m tomesd generate`:
 #   bash scripts/generate.sh                              compares plain and merged, offline
-#   bash scripts/generate.sh "red apple" "blue heart"     any arguments of examples/generate.py
+#   bash scripts/generate.sh "red apple" "blue heart"     any arguments of `generate`
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 need diffusers tomesd torch diffusers transformers accelerate safetensors PIL matplotlib
 (($#)) || set -- --compare
-exec python "$root/scripts/torchvision_ops.py" "$root/examples/generate.py" "$@"
+exec python -m tomesd generate "$@"

@@ -8,5 +8,5 @@ need dev tomesd diffusers transformers accelerate peft pytest xdist hypothesis r
 cd "$root"
 ruff check .
 ruff format --check .
-python -m tomesd.bench.peers >/dev/null || echo "no network: tests against other packages will be skipped" >&2
+python scripts/bench peers >/dev/null || echo "no network: tests against other packages will be skipped" >&2
 exec python -m pytest -n auto "$@"

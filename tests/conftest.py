@@ -5,9 +5,10 @@ os.environ.setdefault("XFORMERS_MORE_DETAILS", "0")
 
 import pytest
 import torch
-import torchvision_ops
 
-torchvision_ops.define()  # before anything imports torchvision
+from tomesd.commands import mend_torchvision
+
+mend_torchvision()  # before anything imports torchvision
 torch.set_num_threads(1)  # tiny networks: threads cost more than they bring
 
 

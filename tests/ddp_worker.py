@@ -4,9 +4,9 @@ import os
 
 
 def train(rank: int, port: int, folder: str, schedule: list[int]) -> None:
-    import torchvision_ops
+    from tomesd.commands import mend_torchvision
 
-    torchvision_ops.define()
+    mend_torchvision()
     import tiny_vit
     import torch
     import torch.distributed as dist

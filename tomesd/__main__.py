@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from .bench import plot, quality, speed
+from .commands.common import dispatch
 
-COMMANDS = {"bench": speed, "plot": plot, "quality": quality}
+COMMANDS = {
+    "generate": "draws pictures with merged tokens, or plain ones beside them",
+    "generate-4k": "draws pictures of 3840 x 2176 pixels with a fraction of the attention",
+    "bench": "times each way to merge",
+    "plot": "draws what `bench --csv` has written",
+    "quality": "measures what error each way to merge costs, and what time it saves",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tomesd", description="Token merging.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        text = str(module.__doc__)
-        command = commands.add_parser(
-            name,
-            help=text.splitlines()[0],
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run, command=command)
-    args = parser.parse_args(arguments)
-    if not hasattr(args, "run"):
-        parser.print_help()
-        return 0
-    code: int = args.run(args)
-    return code
+    return dispatch("python -m tomesd", COMMANDS, "tomesd.commands.", arguments)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tomesd.bench import memory
+from tomesd.commands import memory
 from tomesd.maths import matching
 from tomesd.maths.grid import Grid, Partition, alternate, cell_offsets, every_kth, random_src
 from tomesd.maths.matching import Windows, match_exact, match_windowed

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     "--limit 3 --resolution 16 --vae-channels 16,16 --unet-channels 16,16 --text-width 32 --text-layers 1 "
     "--batch 2,2 --vae-batch 2 --vae-minutes 0.001 --minutes 0.001,0.001 --precision no"

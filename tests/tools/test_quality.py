@@ -1,11 +1,15 @@
-"""`python -m tomesd quality`: on the shipped pipeline and tiny ones, its measures against known values."""
+"""`python -m tomesd quality`, with DINOv2 and rivals too: on the shipped pipeline and tiny ones."""
 
 import csv
 import json
 import os
 
+import dinov2
 import numpy as np
+import peers
 import pytest
+import quality as with_dinov2
+import rivals
 import tiny
 import torch
 from PIL import Image
@@ -13,7 +17,10 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import Dinov2Config, Dinov2Model
 
 from tomesd.__main__ import main
-from tomesd.bench import dinov2, metrics, peers, quality, ways
+from tomesd.commands import drawing, metrics, quality
+from tomesd.commands.common import ROOT
+from tomesd.commands.pipelines import EMOJI_MODEL
+from tomesd.commands.ways import WAYS, Way
 
 FEW = ["--prompts", "2", "--steps", "2", "--rounds", "1", "--ratios", "0.5"]
 
@@ -41,9 +48,9 @@ def unet_calls():
     handle.remove()
 
 
-def bench(*arguments) -> list[dict[str, str]]:
-    path = arguments[0]
-    assert main(["quality", "--csv", *map(str, arguments)]) == 0
+def compare(path, *arguments, compared=with_dinov2.COMPARISON) -> list[dict[str, str]]:
+    call = ["--csv", path, "--device", "cpu", *arguments]
+    assert quality.main([*map(str, call)], compared=compared) == 0
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
@@ -57,7 +64,7 @@ def model(tmp_path):
     """The shipped pipeline with names and references of its own."""
     folder = tmp_path / "model"
     folder.mkdir()
-    for part in quality.MODEL.iterdir():
+    for part in EMOJI_MODEL.iterdir():
         if part.suffix != ".txt" and part.name != "names.png":
             os.symlink(part, folder / part.name)
     (folder / "names.txt").write_text("red apple / apple\npizza\nblue heart\n")
@@ -71,7 +78,7 @@ def test_all_that_is_asked_for_is_drawn_measured_and_kept(model, tmp_path, capsy
     call = [tmp_path / "q.csv", "--model", model, "--cache", cache, "--size", "64", *FEW]
     call += ["--ways", "windowed", "keys", "hypertile", "fewer-steps", "--seeds", "2", "--batch", "1"]
     call += ["--plot", plot, "--sheet", sheet, "--plot-metric", "guided_error"]
-    rows = bench(*call)
+    rows = compare(*call)
     assert [row["point"] for row in rows] == [
         *("plain", "windowed 0.5", "keys 0.5", "hypertile", "fewer-steps 1")
     ]
@@ -102,23 +109,23 @@ def test_all_that_is_asked_for_is_drawn_measured_and_kept(model, tmp_path, capsy
     assert "model, 2 prompts x 2 seeds, 64 pixels, 2 steps, guidance 3, float32" in printed
 
     unet_calls.clear()
-    assert bench(*call) == rows
+    assert compare(*call) == rows
     assert unet_calls == []
 
     # Of a run that was stopped, what is missing is drawn, with errors if it is the first batch.
     (folder,) = (path for path in cache.iterdir() if (path / "about.json").exists())
     assert json.loads((folder / "about.json").read_text())["prompts"] == ["red apple", "pizza"]
     (folder / "keys 0.5-3.npz").unlink()
-    assert bench(*call) == rows
+    assert compare(*call) == rows
     assert len(unet_calls) == 2
     (folder / "keys 0.5-0.npz").unlink()
-    assert bench(*call) == rows
+    assert compare(*call) == rows
     assert len(unet_calls) == 2 + 2 * 3
     # One more seed is two more batches.
     unet_calls.clear()
-    bench(*call, "--ways", "windowed", "--seeds", "3")
+    compare(*call, "--ways", "windowed", "--seeds", "3")
     assert len(unet_calls) == 2 * (2 + 2)
-    bench(*call, "--fresh", "--ways", "fewer-steps")
+    compare(*call, "--fresh", "--ways", "fewer-steps")
     assert len(unet_calls) == 8 + 4 * (2 + 1) + 3
 
 
@@ -127,8 +134,8 @@ def test_other_pipelines_and_scales_of_latents(tmp_path):
     tiny.peer("tomesd", alias="tomesd_0_1_3")
     tiny.sdxl().save_pretrained(tmp_path / "xl")
     (tmp_path / "prompts.txt").write_text("a cat\n\n a dog \n")
-    chosen = ["tomesd-0.1.3", "stage", "stage-prop-attn", "todo"]
-    rows = bench(
+    chosen = ["stage", "stage-prop-attn", "tomesd-0.1.3", "todo"]
+    rows = compare(
         *(tmp_path / "q.csv", "--model", tmp_path / "xl", "--cache", tmp_path, *FEW, "--size", "128"),
         *("--prompts-file", tmp_path / "prompts.txt", "--ways", *chosen, "--prompts", "1"),
     )
@@ -144,7 +151,7 @@ def test_without_guidance_or_dinov2(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(dinov2, "transformers_model", fail)
     call = [tmp_path / "q.csv", "--cache", tmp_path, "--size", "64", *FEW, "--ways", "windowed"]
-    (_, row) = bench(*call, "--guidance", "1")
+    (_, row) = compare(*call, "--guidance", "1")
     assert row["guided_error"] == row["dinov2_cosine"] == row["fd_dinov2"] == ""
     assert float(row["step_error"]) > 0
     printed = capsys.readouterr().out
@@ -152,7 +159,7 @@ def test_without_guidance_or_dinov2(tmp_path, monkeypatch, capsys):
     assert "guided_error left out: there is none with --guidance 1" in printed
 
 
-def test_a_way_that_fails_when_drawing_has_a_note(tmp_path, monkeypatch):
+def test_a_way_that_fails_when_drawing_has_a_note(tmp_path):
     def fail(unet, setting):
         def count(*_):
             unet.called = getattr(unet, "called", 0) + 1
@@ -161,62 +168,64 @@ def test_a_way_that_fails_when_drawing_has_a_note(tmp_path, monkeypatch):
 
         unet.register_forward_pre_hook(count)
 
-    monkeypatch.setitem(ways.WAYS, "exact", ways.Way("fails", None, fail))
+    compared = quality.Comparison({**WAYS, "exact": Way("fails", "k", fail)}, metrics.METRICS)
     call = [tmp_path / "q.csv", "--cache", tmp_path, "--size", "64", *FEW, "--ways", "exact", "windowed"]
-    rows = bench(*call)
+    rows = compare(*call, compared=compared)
     assert [row["note"] for row in rows] == ["", "MemoryError: too much", ""]
     assert rows[1]["psnr_db"] == ""
 
 
-def test_pipelines_that_need_more_than_a_prompt_say_so(tmp_path):
+def test_pipelines_that_need_more_than_a_prompt_say_so(tmp_path, capsys):
     from diffusers import StableDiffusionImg2ImgPipeline
 
     tiny.sd(StableDiffusionImg2ImgPipeline).save_pretrained(tmp_path / "other")
     (tmp_path / "prompts.txt").write_text("a cat")
     call = ["--model", tmp_path / "other", "--prompts-file", tmp_path / "prompts.txt", "--cache", tmp_path]
-    with pytest.raises(SystemExit, match="plain cannot be drawn: ValueError: Input is in"):
-        main(["quality", *map(str, call)])
+    assert main(["quality", *map(str, call)]) == 2
+    assert "plain cannot be drawn: ValueError: Input is in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--ways", "magic"], "invalid choice: 'magic'"),
         (["--ways", "ideal"], "invalid choice: 'ideal'"),
-        (["--ratios", "1"], "1 must be above 0 and below 1"),
         (["--prompts", "10000"], "--prompts: 10000, where there are"),
         (["--prompts-file", "no/where.txt"], "--prompts-file: [Errno 2] No such file"),
-        (["--model", "tests"], "tests has no names.txt to take prompts from: give a --prompts-file"),
-        (["--model", "tests", "--prompts-file", "setup.py"], "--model: tests: OSError"),
+        (["--model", "tests"], "tests is not a pipeline folder: it has no model_index.json"),
+        (["--model", "OWNER/MODEL"], "has no names.txt to take prompts from: give a --prompts-file"),
         (["--csv", "no/where/q.csv"], "--csv: there is no folder no/where"),
         (["--sheet", "no/where/s.png"], "--sheet: there is no folder no/where"),
-        (["--device", "abacus"], "--device: RuntimeError"),
-        (["--size", "100"], "--size: 100 must be a multiple of 8"),
+        (["--size", "100"], "--size 100x100: 100 is not a multiple of 8; take 96 or 104"),
         (["--plot-metric", "lpips"], "--plot-metric: "),
         (["--plot-metric", "beauty"], "invalid choice: 'beauty'"),
         (["--plot-metric", "guided_error", "--guidance", "1"], "there is none with --guidance 1"),
     ],
 )
-def test_mistakes_are_named(arguments, says, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(peers.ROOT)
-    with pytest.raises(SystemExit) as stop:
-        main(["quality", "--cache", str(tmp_path), *arguments])
-    assert stop.value.code == 2
-    assert says in capsys.readouterr().err
+def test_mistakes_are_explained_in_one_line(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["quality", "--cache", str(tmp_path), *arguments]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("python -m tomesd quality: error: ")
+    assert says in line
 
 
 def test_ways_are_listed(capsys):
     assert main(["quality", "--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == quality.POSSIBLE
+    own = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"windowed", "keys", "fewer-steps"} < set(own)
+    assert not set(rivals.RIVALS) & set(own)
+    assert with_dinov2.main(["--list"]) == 0
+    every = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert set(every) == set(own) | set(rivals.RIVALS)
 
 
 def test_frechet_distance_of_what_is_known():
     x = np.random.default_rng(0).normal(size=(50, 6))
-    assert metrics.frechet(x, x) == pytest.approx(0, abs=1e-9)
-    assert metrics.frechet(x, x + np.array([3, 4, 0, 0, 0, 0])) == pytest.approx(25)
+    assert with_dinov2.frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert with_dinov2.frechet(x, x + np.array([3, 4, 0, 0, 0, 0])) == pytest.approx(25)
     # Of covariances c and 4 c the distance is tr(c + 4 c - 2 * 2 c) = tr(c).
     centred = x - x.mean(0)
-    assert metrics.frechet(centred, 2 * centred) == pytest.approx(np.trace(np.cov(x.T)))
+    assert with_dinov2.frechet(centred, 2 * centred) == pytest.approx(np.trace(np.cov(x.T)))
     # By the definition, for covariances that do not commute and unequal numbers, of more features or fewer.
     import scipy.linalg
 
@@ -228,10 +237,10 @@ def test_frechet_distance_of_what_is_known():
         )
         root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
         wanted = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
-        assert metrics.frechet(a, b) == pytest.approx(wanted)
+        assert with_dinov2.frechet(a, b) == pytest.approx(wanted)
     few = x[:3]  # their covariance is singular
-    assert metrics.frechet(few, few + 1) == pytest.approx(6)
-    assert metrics.frechet(x[:1], x) is None
+    assert with_dinov2.frechet(few, few + 1) == pytest.approx(6)
+    assert with_dinov2.frechet(x[:1], x) is None
 
 
 def test_measures_of_equal_and_other_pictures():
@@ -244,11 +253,11 @@ def test_measures_of_equal_and_other_pictures():
     assert metrics.psnr(y, x)[1] == metrics.EQUAL
     assert metrics.ssim(y, x)[0] < 0.9
     vectors = np.array([[1.0, 0], [1, 1]])
-    assert metrics.cosine(vectors, np.array([[2.0, 0], [-1, 0]])) == pytest.approx([1, -(2**-0.5)])
+    assert with_dinov2.cosine(vectors, np.array([[2.0, 0], [-1, 0]])) == pytest.approx([1, -(2**-0.5)])
 
 
 def test_references_are_nearest_to_themselves(tmp_path):
-    dino = metrics.Dino("cpu", tmp_path / "tokens")
+    dino = with_dinov2.Dino("cpu", tmp_path / "tokens")
     references = dino(pictures(20))
     assert references.shape == (20, 8)
     assert np.array_equal(dino(pictures(20)), references)  # kept
@@ -280,9 +289,9 @@ def test_an_atlas_is_cut_row_by_row(tmp_path):
 def test_errors_before_and_after_guidance():
     wanted = torch.tensor([[3.0, 4.0], [0.0, 5.0]])  # without text, with it
     got = wanted + torch.tensor([[0.0, 0.0], [1.0, 0.0]])
-    raw, guided = quality.errors(lambda: (got,), [((), {}, wanted)], 1, 3.0)
+    raw, guided = drawing.errors(lambda: (got,), [((), {}, wanted)], 1, 3.0)
     assert raw.tolist() == pytest.approx([0, 1 / 5])
     assert guided.tolist() == pytest.approx([3 / np.hypot(3 - 9, 4 + 3)])
-    raw, guided = quality.errors(lambda: (got,), [((), {}, wanted)], 2, 3.0)
+    raw, guided = drawing.errors(lambda: (got,), [((), {}, wanted)], 2, 3.0)
     assert len(raw) == 2
     assert not guided.size

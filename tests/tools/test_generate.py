@@ -1,14 +1,69 @@
-"""Drawing large pictures, on a tiny random pipeline, and what it takes to know what that costs."""
+"""`python -m tomesd generate` on the shipped pipeline, `generate-4k` on a tiny random one."""
 
-import count_unet
-import generate_4k
+import numpy as np
 import pytest
-import step_4k
 import tiny
 import torch
 from PIL import Image
 
-from tomesd.bench import memory, models
+from tomesd.__main__ import main
+from tomesd.commands import generate_4k, models
+from tomesd.commands.common import ROOT
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"), dtype=float)
+
+
+def test_compare_draws_what_it_is_asked_for_plain_and_merged(tmp_path, capsys):
+    call = ["red apple", "blue heart", "--compare", "--steps", "10", "--seed", "3"]
+    assert main(["generate", *call, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "peak process memory" in printed
+    assert "times as fast" in printed
+    for kind in ("plain", "merged"):
+        for name, channel in (("red-apple", 0), ("blue-heart", 2)):
+            picture = pixels(tmp_path / f"{name}-3-{kind}.png")
+            assert picture.shape == (128, 128, 3)
+            assert picture[:6].mean() > 235  # on white
+            middle = picture[56:80, 48:80].mean((0, 1))
+            assert middle.argmax() == channel
+            assert middle[channel] > 2 * np.delete(middle, channel).mean()
+    difference = pixels(tmp_path / "red-apple-3-plain.png") - pixels(tmp_path / "red-apple-3-merged.png")
+    assert 0 < np.abs(difference).mean() < 5
+    assert (tmp_path / "compare-red-apple-3.png").stat().st_size > 10_000
+
+
+def test_one_picture_merged_and_repeated(tmp_path, capsys):
+    for folder in ("a", "b"):
+        call = ["generate", "pizza", "--ratio", "0.25", "--steps", "3", "--out", str(tmp_path / folder)]
+        assert main(call) == 0
+    assert str(tmp_path / "b" / "pizza-0-merged.png") in capsys.readouterr().out
+    assert np.array_equal(*(pixels(tmp_path / folder / "pizza-0-merged.png") for folder in ("a", "b")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--method", "sample-keys", "--ratio", "1"], "ratio must be in [0, 1)"),
+        (["--ratio", "-1"], "ratio must be in [0, 1]"),
+        (["--size", "60"], "60 is not a multiple of 8; take 56 or 64"),
+        (["--model", "/nowhere/at/all"], "there is no folder /nowhere/at/all"),
+        (["--model", "tests"], "tests is not a pipeline folder: it has no model_index.json"),
+        (["--model", "nobody/nothing"], "cannot get the model 'nobody/nothing'"),
+        (["--device", "abacus"], "--device abacus: there is no such device"),
+        ([" "], "a prompt is empty"),
+        (["--guidance", "-2"], "--guidance has to be a number of at least 0"),
+        (["--seed", "-5"], "--seed has to be in 0..2^63-1"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["generate", *arguments, "--out", str(tmp_path)]) == 2
+    last = capsys.readouterr().err.strip().split("\n")[-1]
+    assert last.startswith("python -m tomesd generate: error: ")
+    assert says in last
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +74,7 @@ def model(tmp_path_factory):
 
 
 def draw(folder, *arguments):
-    return generate_4k.main([*arguments, "--out", str(folder), "--device", "cpu"])
+    return main(["generate-4k", *arguments, "--out", str(folder), "--device", "cpu"])
 
 
 def figures(text, first):
@@ -48,7 +103,7 @@ def test_a_picture_is_drawn_small_then_refined_at_the_size_asked_for(model, tmp_
     assert "peak process memory" in printed
     assert "times as fast" in printed
     assert "cropped" not in told
-    assert "6 of 10 blocks merge at 320 x 192 pixels" in told
+    assert "6 of 10 blocks compute less at 320 x 192 pixels" in told
 
 
 def test_directly_and_merged_alone(model, tmp_path, capsys):
@@ -81,49 +136,34 @@ def test_a_base_of_another_shape_and_strength(model, tmp_path, capsys):
     ],
 )
 def test_the_base_has_the_area_of_the_model_and_the_shape_of_the_picture(size, base):
-    pipe = generate_4k.random_pipeline(torch.device("meta"), torch.float16)
+    pipe = models.random_pipeline(torch.device("meta"), torch.float16)
     assert generate_4k.base_size(pipe, size) == base
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--size", "3840x2161"], "--size 3840x2161: 2161 is not a multiple of 8; take 2160 or 2168"),
         (["--base-size", "100x64"], "--base-size 100x64: 100 is not a multiple of 8; take 96 or 104"),
-        (["--model", "/nowhere/at/all"], "there is no folder /nowhere/at/all"),
         (["--model", "nobody/nothing"], "or take --random or --model"),
-        (["--ratio", "0.9", "--merge-stage"], "ratio 0.9 is above 0.75"),
-        (["--ratio", "1"], "ratio must be in [0, 1)"),
+        (["--ratio", "1.5", "--method", "merge-stage"], "ratio must be in [0, 1]"),
         (["--strength", "1.5"], "--strength has to be above 0 and at most 1, not 1.5"),
+        (["--random", "--model", "x"], "not allowed with argument"),
+        (["--direct", "--strength", "0.3"], "--strength means nothing with --direct"),
+        (["--random", "--base-size", "512"], "--base-size means nothing with --random"),
+        (["--size", "big"], "'big' is neither a side like 512 nor a size like 3840x2176"),
         (["--steps", "2"], "--steps 2 times --strength 0.4 leaves no step to refine"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, says, tmp_path, capsys):
+def test_mistakes_about_large_pictures_are_explained_in_one_line(arguments, says, tmp_path, capsys):
     assert draw(tmp_path, "a cat", *arguments) == 2
     last = capsys.readouterr().err.strip().split("\n")[-1]
-    assert last.startswith("generate_4k.py: error: ")
+    assert last.startswith("python -m tomesd generate-4k: error: ")
     assert says in last
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ([], "give a prompt in quotes, or --random"),
-        (["a cat", "--random", "--model", "x"], "not allowed with argument"),
-        (["a cat", "--direct", "--strength", "0.3"], "--strength means nothing with --direct"),
-        (["--random", "--base-size", "512"], "--base-size means nothing with --random"),
-        (["a cat", "--size", "big"], "'big' is neither a number such as 512 nor WxH"),
-    ],
-)
-def test_calls_that_make_no_sense(arguments, says, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        draw(tmp_path, *arguments)
-    assert says in capsys.readouterr().err
-
-
 def test_the_random_pipeline_is_of_full_size():
-    pipe = generate_4k.random_pipeline(torch.device("meta"), torch.float16)
+    pipe = models.random_pipeline(torch.device("meta"), torch.float16)
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     # As published.
@@ -131,49 +171,3 @@ def test_the_random_pipeline_is_of_full_size():
     assert pipe.dtype == torch.float16
     assert torch.get_default_dtype() == torch.float32
     assert len(pipe.tokenizer("noise", padding="max_length").input_ids) == 77
-
-
-def test_what_a_step_costs_is_counted():
-    setting = models.Setting("unet", "tiny", "bfloat16", 192, 128, 0.75, 2, "meta")
-    network = models.build(setting)
-    plain, merged = (count_unet.count(network, name, setting) for name in ("plain", "4k"))
-    n = 24 * 16
-    # Three transformers of two blocks at the finest level with 16 channels, one in the middle with 32.
-    own = 2 * 4 * (6 * n**2 * 16 + 2 * (n // 4) ** 2 * 32)
-    text = 2 * 4 * 77 * (6 * n * 16 + 2 * (n // 4) * 32)
-    assert plain.attention == own + text
-    assert merged.attention == own // 16 + text
-    assert merged.conv == plain.conv
-    assert 0 < count_unet.count(network, "4k-stage", setting).matrices < merged.matrices
-    # At least the two halves of what the first feed-forward makes, and its input.
-    assert plain.memory > 2 * 2 * n * (8 + 1) * 16
-
-
-def test_what_is_alive_is_counted_once_and_forgotten():
-    with count_unet.Alive() as alive:
-        a = torch.empty(100, device="meta")
-        a.view(10, 10).add_(1)
-        b = a + 1
-        del a, b
-        torch.empty(50, device="meta")
-    assert (alive.peak, alive.now) == (800, 0)
-
-
-def test_a_step_of_the_shipped_model_in_each_way(capsys):
-    tiny.peer("tomesd", alias="tomesd_0_1_3")
-    step_4k.main(["--latents", "32x16", "--rounds", "2"])
-    first, *ways, plan = capsys.readouterr().out.strip().split("\n")
-    assert first.startswith("32x16 latents, 512 tokens at the finest level, 2 images")
-    assert [line.split(":")[0] for line in ways] == list(step_4k.WAYS)
-    errors = [float(line.split("error ")[1]) for line in ways]
-    assert errors[0] == 0
-    assert all(0 < error < 1 for error in errors[1:])
-    assert plan.startswith("one plan: ")
-
-
-def test_the_old_release_is_left_out_where_its_similarities_do_not_fit(monkeypatch, capsys):
-    monkeypatch.setattr(memory, "available", lambda device: 100)
-    step_4k.main(["--latents", "16x16", "--ways", "tomesd 0.1.3", "4k"])
-    _, old, ours, _ = capsys.readouterr().out.strip().split("\n")
-    assert old.startswith("tomesd 0.1.3: left out, needs")
-    assert ours.startswith("4k: ")

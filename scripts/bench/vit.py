@@ -1,9 +1,9 @@
 """How much faster do timm's vision transformers run with merged tokens, and how much faster could they?
 
-    python scripts/bench_vit.py --csv vit.csv --plot vit.png     everything; meant for a GPU
-    python scripts/bench_vit.py --quick                          one small model, a minute on two cores
-    python scripts/bench_vit.py --models vit_large_patch16@384 --rs 23 23,-1 --batches 8 --compiled
-    python scripts/bench_vit.py --plot-only vit.csv --plot vit.png
+    python scripts/bench vit --csv vit.csv --plot vit.png     everything; meant for a GPU
+    python scripts/bench vit --quick                          one small model, a minute on two cores
+    python scripts/bench vit --models vit_large_patch16@384 --rs 23 23,-1 --batches 8 --compiled
+    python scripts/bench vit --plot-only vit.csv --plot vit.png
 
 Compared in one run, interleaved, with random weights that all ways share: plain (no patch, fused attention),
 ours (tomesd.vit, with each of --variants) and ideal (tokens cut by slicing in the middle of each block, to as
@@ -19,27 +19,35 @@ merge fewer than r, as at most half of the tokens merge at once.
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import functools
 import itertools
-import statistics
-import time
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-import torchvision_ops
 from torch import Tensor, nn
 from tqdm import tqdm
 
-torchvision_ops.define()
+import tomesd.vit as tome
+from tomesd.commands.common import (
+    Parser,
+    Row,
+    UserError,
+    environment,
+    figures_table,
+    guarded,
+    smooth,
+    view,
+    write_csv,
+)
+from tomesd.commands.pipelines import pick_device
+from tomesd.commands.runs import Run, measure, report
 
-import timm  # noqa: E402
-
-import tomesd.vit as tome  # noqa: E402
-from tomesd.bench.speed import commit, device_name  # noqa: E402
-
+PROGRAM = "python scripts/bench vit"
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "prop_attn=False": {"prop_attn": False},
@@ -48,12 +56,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 MODELS = ["vit_base_patch16", "vit_large_patch16", "vit_base_patch14_dinov2@518"]
 # The first compiles and allocates, the second still finds cold caches.
 WARM_UP = 2
-Row = dict[str, Any]
-
-
-def view(model: nn.Module) -> Any:
-    """A copy that shares the weights, so that peak memory counts them once."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+WHAT = ("model", "size", "dtype", "batch", "compiled", "r", "tokens", "middle", "left")
+FIGURES = ("median_s", "p20_s", "p80_s", "images_per_s", "speedup", "error", "share", "peak_mib")
+FORMATS = {"images_per_s": ".1f", "speedup": ".3f", "error": ".4f", "share": ".3f", "peak_mib": ".0f"}
 
 
 def merged(model: nn.Module, r: str, **options: Any) -> Any:
@@ -91,20 +96,13 @@ def token_counts(model: Any, r: str, tokens: int, image: Tensor) -> list[int]:
     return [tome.source(traced, layer).groups for layer in layers]
 
 
-def smooth_images(batch: int, size: int) -> Tensor:
-    """Images whose patches resemble their neighbours: `[batch, 3, size, size]`."""
-    coarse = torch.randn(batch, 3, max(2, size // 32), max(2, size // 32))
-    fine = nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
-    return fine + 0.1 * torch.randn_like(fine)
-
-
 def bench(config: tuple[Any, ...], args: argparse.Namespace, bar: tqdm) -> list[Row]:
     """A row for each way to run one model."""
     (name, size), dtype, batch, r, compiled = config
     full = name if timm.is_model(name) else f"{name}_224"
     torch.manual_seed(0)  # here, so that eager and compiled are given the same
     model: Any = timm.create_model(full, img_size=size).to(args.device, getattr(torch, dtype)).eval()
-    images = smooth_images(batch, size).to(args.device, getattr(torch, dtype))
+    images = smooth(batch, 3, size, size, scale=32, noise=0.1).to(args.device, getattr(torch, dtype))
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     if r == "auto":
         r = str(round(0.96 * tokens / len(model.blocks)))
@@ -118,82 +116,48 @@ def bench(config: tuple[Any, ...], args: argparse.Namespace, bar: tqdm) -> list[
         torch.compiler.reset()
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         ways = {way: torch.compile(network) for way, network in ways.items()}
+    runs = [Run(way, lambda network=network: network) for way, network in ways.items()]
+    with torch.inference_mode():
+        measure(runs, ((images,), {}), args.device, args.rounds, bar, WARM_UP)
+    figures = report({run.name: run.seconds for run in runs if not run.note}, dict.fromkeys(ways, "ideal"))
     what = {"model": name, "size": size, "dtype": dtype, "batch": batch, "compiled": compiled, "r": r}
     what |= {"tokens": tokens, "middle": counts[len(counts) // 2 - 1], "left": counts[-1]}
-    return [{**what, **row} for row in measure(ways, images, args.rounds, bar)]
+    return [{**what, **row_of(run, figures.get(run.name, {}), batch)} for run in runs]
 
 
-@torch.inference_mode()
-def measure(ways: dict[str, nn.Module], images: Tensor, rounds: int, bar: tqdm) -> list[Row]:
-    """What each way takes; they run in turns."""
-    cuda = images.device.type == "cuda"
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    peak = dict.fromkeys(ways, 0)
-    outputs: dict[str, Tensor] = {}
-    for turn in range(WARM_UP + rounds):
-        for way, network in ways.items():
-            if turn == WARM_UP and cuda:
-                torch.cuda.reset_peak_memory_stats()
-            wait()
-            begin = time.perf_counter()
-            output = network(images)
-            wait()
-            if turn >= WARM_UP:
-                seconds[way].append(time.perf_counter() - begin)
-            if turn == WARM_UP:
-                outputs[way] = output.float().cpu()
-                peak[way] = torch.cuda.max_memory_allocated() >> 20 if cuda else 0
-            del output  # or it would count as memory of the next way
-            bar.update()
-    median = {way: statistics.median(times) for way, times in seconds.items()}
-    saved = median["plain"] - median["ideal"]
-    rows = []
-    for way, times in seconds.items():
-        # Inclusive, as the other kind reaches past the extremes of a few rounds.
-        p20, *_, p80 = statistics.quantiles(times, n=5, method="inclusive")
-        share = (median["plain"] - median[way]) / saved if saved > 0.05 * median["plain"] else None
-        error = (outputs[way] - outputs["plain"]).norm() / outputs["plain"].norm()
-        row = {"way": way, "median_s": f"{median[way]:.5f}", "p20_s": f"{p20:.5f}", "p80_s": f"{p80:.5f}"}
-        row |= {"images_per_s": f"{len(images) / median[way]:.1f}"}
-        row |= {"speedup": f"{median['plain'] / median[way]:.3f}", "error": f"{error:.4f}"}
-        rows.append({**row, "share": "" if share is None else f"{share:.3f}", "peak_mib": peak[way] or ""})
-    return rows
+def row_of(run: Run, figures: Row, batch: int) -> Row:
+    row: Row = {"way": run.name, **{name: figures.get(name) for name in ("median_s", "p20_s", "p80_s")}}
+    row["images_per_s"] = batch / row["median_s"] if figures else None
+    row |= {"speedup": figures.get("speed"), "error": run.error, "share": figures.get("share_median")}
+    return {**row, "peak_mib": run.peak, "note": run.note}
 
 
-def run(args: argparse.Namespace) -> list[Row]:
+def run_all(args: argparse.Namespace) -> list[Row]:
     split = [model.partition("@") for model in args.models]
     models = [(name, side) for name, _, at in split for side in ([int(at)] if at else args.sizes)]
     modes = [False, True] if args.compiled else [False]
     configs = list(itertools.product(models, args.dtypes, args.batches, args.rs, modes))
-    where = environment(args.device)
+    where = environment(args.device, "timm")
     rows: list[Row] = []
-    total = len(configs) * (len(args.variants) + 2) * (WARM_UP + args.rounds)
+    total = len(configs) * (len(args.variants) + 2) * (WARM_UP + args.rounds + 1)
     with tqdm(total=total, unit="run") as bar:
         for config in configs:
             bar.set_postfix_str(str(config))
             new = bench(config, args, bar)
-            for row in [{key: key for key in new[0]}, *new] if not rows else new:
-                bar.write(" ".join(f"{value!s:>{max(8, len(key))}}" for key, value in row.items()))
+            title = ", ".join(f"{key} {value}" for key, value in new[0].items() if key in WHAT)
+            bar.write(f"{title}\n{figures_table('way', FIGURES, new, FORMATS)}\n")
             rows += [{**row, **where} for row in new]
             if args.csv:  # each time, as a long run may be stopped
-                with args.csv.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, list(rows[0]))
-                    writer.writeheader()
-                    writer.writerows(rows)
+                write_csv(rows, args.csv)
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     return rows
-
-
-def environment(device: str) -> Row:
-    versions = {"torch": torch.__version__, "timm": timm.__version__, "commit": commit() or "unknown"}
-    return {"device": device_name(device), "threads": torch.get_num_threads(), **versions}
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
     """Bars of the speedup of each way, a panel for each device, dtype and kind of running."""
     import matplotlib.pyplot as plt
 
+    rows = [row for row in rows if row["median_s"]]
     for row in rows:
         kind = "compiled" if row["compiled"] == "True" else "eager"
         row["panel"] = f"{row['device']}, torch {row['torch']}, {row['dtype']}, {kind}"
@@ -223,9 +187,8 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+def run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, help="names of timm, or name@size")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 384], help="for models without @size")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
@@ -235,28 +198,36 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="through torch.compile as well")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="(the best there is)")
     parser.add_argument("--csv", type=Path, help="write all figures there")
     parser.add_argument("--plot", type=Path, help="draw the speedups there")
     parser.add_argument("--plot-only", type=Path, nargs="+", metavar="CSV", help="only draw these")
     parser.add_argument("--quick", action="store_true", help="ViT-S at 224, batch 8, float32, 5 rounds")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.rounds < 2:
-        parser.error("--rounds has to be at least 2")
+        raise UserError("--rounds has to be at least 2")
     if args.plot_only and not args.plot:
-        parser.error("--plot-only needs --plot")
+        raise UserError("--plot-only needs --plot")
     if args.quick:
         args.models, args.batches, args.dtypes, args.rounds = ["vit_small_patch16@224"], [8], ["float32"], 5
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.device = str(pick_device(args.device))
     timm.layers.set_fused_attn(True)
     if args.plot_only:
         rows = [row for path in args.plot_only for row in csv.DictReader(path.read_text().splitlines())]
     else:
-        rows = [{key: str(value) for key, value in row.items()} for row in run(args)]
+        rows = [
+            {key: "" if value is None else str(value) for key, value in row.items()} for row in run_all(args)
+        ]
     if args.plot:
         plot(rows, args.plot)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return guarded(PROGRAM, lambda: run(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

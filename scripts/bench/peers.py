@@ -1,9 +1,9 @@
 """Fetches the packages that tomesd is compared with from PyPI.
 
-    python -m tomesd.bench.peers
+    python scripts/bench peers
 
-They lie in the ignored folder .cache/peers of a checkout, else in ~/.cache/tomesd/peers, and are unpacked,
-never installed: tomesd 0.1.3 would shadow this package. `load` imports one from there.
+They lie in the ignored folder .cache/peers of the checkout and are unpacked, never installed: tomesd 0.1.3
+would shadow this package. `load` imports one from there.
 """
 
 from __future__ import annotations
@@ -14,40 +14,46 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from tomesd.commands.common import ROOT, Parser, UserError, guarded
+
+PROGRAM = "python scripts/bench peers"
 PEERS = {
     "tomesd": "tomesd==0.1.3",
     # The code of Stable Diffusion 2 by CompVis and Stability AI, as the package `ldm`.
     "ldm": "stable-diffusion-sdkit==2.1.5",
 }
-ROOT = Path(__file__).resolve().parents[2]
-# In a worktree .git is a file.
-CHECKOUT = (ROOT / ".git").exists() and (ROOT / "setup.py").is_file()
-FOLDER = ROOT / ".cache" / "peers" if CHECKOUT else Path.home() / ".cache" / "tomesd" / "peers"
+FOLDER = ROOT / ".cache" / "peers"
 
 
 class Unavailable(RuntimeError):
     """A peer that is neither here nor to be had from PyPI."""
 
 
-def fetch(name: str) -> Path:
-    """The folder that holds the unpacked peer; downloads it first if need be.
+def fetch(name: str, requirement: str | None = None) -> Path:
+    """The folder that holds an unpacked package; downloads it first if need be.
+
+    Args:
+        name: of the package, as it is imported.
+        requirement: its name and version on PyPI; those of `PEERS` by default.
 
     Raises:
         Unavailable: pip could not download it.
     """
-    folder = FOLDER / PEERS[name].replace("==", "-")
+    requirement = requirement or PEERS[name]
+    folder = FOLDER / requirement.replace("==", "-")
     if not (folder / name).is_dir():
         with tempfile.TemporaryDirectory() as download:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", download]
-            command += ["--disable-pip-version-check", "--only-binary", ":all:", PEERS[name]]
+            command += ["--disable-pip-version-check", "--only-binary", ":all:", requirement]
             pip = subprocess.run(command, capture_output=True, text=True)
             if pip.returncode:
                 # The last line says what, the ones before it how often it was tried.
                 last = (pip.stderr.strip().splitlines() or ["no reason given"])[-1]
-                raise Unavailable(f"pip cannot download {PEERS[name]} (no network?): {last}")
+                raise Unavailable(f"pip cannot download {requirement} (no network?): {last}")
             with zipfile.ZipFile(next(Path(download).glob("*.whl"))) as wheel:
                 wheel.extractall(Path(download) / "unpacked")
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -74,13 +80,22 @@ def load(name: str, alias: str | None = None) -> ModuleType:
     return sys.modules[alias]
 
 
-def main() -> None:
+def fetch_all() -> int:
     for peer in PEERS:
         try:
             print(fetch(peer))
         except Unavailable as error:
-            sys.exit(str(error))
+            raise UserError(str(error)) from None
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    def run() -> int:
+        Parser(PROGRAM, __doc__).parse_args(arguments)
+        return fetch_all()
+
+    return guarded(PROGRAM, run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

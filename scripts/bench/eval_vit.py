@@ -1,8 +1,8 @@
 """What does merging cost a vision transformer in accuracy? Real DINOv2 ViT-S/14 weights on Fashion-MNIST.
 
-    python scripts/eval_vit.py --csv eval.csv --plot eval.png              timm, half an hour on one core
-    python scripts/eval_vit.py --backend timm transformers --r 0 3 5:-1    a few settings, both hosts
-    python scripts/eval_vit.py --test 2000                                 a quick look
+    python scripts/bench eval-vit --csv eval.csv --plot eval.png             timm, half an hour on one core
+    python scripts/bench eval-vit --backend timm transformers --r 0 3 5:-1    a few settings, both hosts
+    python scripts/bench eval-vit --test 2000                                 a quick look
 
 A linear probe is trained once, on features of the plain model, and then used with merging: nothing is trained
 for it. `probe` and `knn` (20 nearest by cosine among the plain training features) are accuracies in per cent,
@@ -14,29 +14,28 @@ the second half of a block, `flops` the estimated operations relative to plain. 
 from __future__ import annotations
 
 import argparse
-import csv
 import gzip
 import hashlib
-import time
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import dinov2
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision_ops
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import tomesd
 import tomesd.vit as tome
-from tomesd.bench import dinov2
+from tomesd.commands.common import ROOT, Parser, UserError, guarded, positive, timed, whole, write_csv
+from tomesd.commands.pipelines import pick_device
 
-torchvision_ops.define()
-
-CACHE = Path(__file__).resolve().parent.parent / ".cache"
+PROGRAM = "python scripts/bench eval-vit"
+CACHE = ROOT / ".cache"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = 10
 
 # Name -> options of tome.apply_patch.
@@ -81,8 +80,7 @@ def prepare(pictures: Tensor, args: argparse.Namespace) -> Tensor:
     """As DINOv2 takes them: three channels of `args.size` pixels, normalised as ImageNet's."""
     x = pictures[:, None].to(args.device, torch.float32) / 255
     x = F.interpolate(x, size=(args.size, args.size), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(v, device=args.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return ((x - mean) / std).to(getattr(torch, args.dtype))
+    return dinov2.normalised(x).to(getattr(torch, args.dtype))
 
 
 def load(backend: str, args: argparse.Namespace) -> nn.Module:
@@ -112,12 +110,9 @@ def cached(
         name += "-" + hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
     file = CACHE / "eval-vit" / f"{name}.pt"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        begin = time.perf_counter()
-        made = features(model, pictures, key, args)
-        partial = file.with_suffix(".partial")
-        torch.save((made, time.perf_counter() - begin), partial)
-        partial.rename(file)
+        made = timed(lambda: features(model, pictures, key, args), args.device)
+        with whole(file) as part:
+            torch.save(made, part)
     return torch.load(file)
 
 
@@ -233,35 +228,38 @@ def plot(rows: list[dict[str, object]], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--backend", nargs="+", default=["timm"], choices=["timm", "transformers"])
     parser.add_argument("--ways", nargs="+", default=["ours", "ToMe"], choices=list(WAYS))
     default = ["0", "2", "3", "4", "5", "6", "3:-1", "4:-1", "5:-1"]
     parser.add_argument("--r", nargs="+", default=default, help="8, or 8:-1 (inflection), or 8,8,4 (layers)")
-    parser.add_argument("--size", type=int, default=112, help="pixels, a multiple of 14")
-    parser.add_argument("--test", type=int, default=10_000, help="how many test pictures")
-    parser.add_argument("--train", type=int, default=10_000, help="how many pictures the probe learns from")
+    parser.add_argument("--size", type=positive, default=112, help="pixels, a multiple of 14")
+    parser.add_argument("--test", type=positive, default=10_000, help="how many test pictures")
+    parser.add_argument(
+        "--train", type=positive, default=10_000, help="how many pictures the probe learns from"
+    )
     # bfloat16 changes 0.3 per cent of plain guesses, and takes a third of the time on CPUs that have it.
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=positive, default=50)
+    parser.add_argument("--device", default="auto", help="(the best there is)")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.size % dinov2.PATCH:
-        parser.error("--size has to be a multiple of 14")
+        raise UserError("--size has to be a multiple of 14")
+    args.device = str(pick_device(args.device))
     rows = [row for backend in args.backend for row in evaluate(backend, args)]
     if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(rows, args.csv)
     if args.plot:
         plot(rows, args.plot)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return guarded(PROGRAM, lambda: run(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

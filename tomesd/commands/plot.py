@@ -13,56 +13,56 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .speed import FIGURES
-from .ways import WAYS
+from . import common
+from .bench import FIGURES
+from .common import Row, UserError, guarded, need
+from .ways import WAYS, Ways
 
+PROGRAM = "python -m tomesd plot"
 # What makes a panel, and how to put it.
 PANEL = ("device", "level", "model", "dtype", "compiled", "ratio", "batch")
 LABELS = {"share_median": "share of the ideal saving", "peak_mib": "memory of a call, MiB"}
-# Ideals are drawn as the limits that they are: in the colour of what they limit, and dashed.
-COLOURS = {
-    "plain": "0.55",
-    "tomesd-0.1.3": "C5",
-    "exact": "C9",
-    **{"ideal": "C0", "windowed": "C0", "reuse": "C2", "prop-attn": "C3", "keys": "k"},
-    **{"ideal-stage": "C1", "stage": "C1", "ideal-stage-4": "C3", "stage-4": "C3"},
-    "stage-prop-attn": "gold",
-    "4k": "darkgreen",
-    **{"ideal-4k-stage": "saddlebrown", "4k-stage": "saddlebrown"},
-    **{"all-levels": "C7", "auto": "C8"},
-    **{"todo": "C4", "hypertile": "C6"},
-    "fewer-steps": "0.35",
-}
+# Of ways that this table does not know, as those of a later version.
+OTHER = "0.75"
+# Of plain with fewer steps, which is no way to patch.
+FEWER_COLOUR = "0.35"
 
 Point = dict[str, str]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def make_parser(program: str) -> argparse.ArgumentParser:
+    parser = common.Parser(program, __doc__)
     parser.add_argument("csv", type=Path, nargs="+", help="what `bench --csv` has written")
     parser.add_argument("--out", type=Path, default=Path("bench.png"), help="the picture (bench.png)")
     parser.add_argument("--below", choices=LABELS, default="share_median", help="the second row of panels")
+    return parser
 
 
 def read(paths: list[Path]) -> list[Point]:
     """All rows that have figures.
 
     Raises:
-        ValueError: a file is not what the benchmark writes, or none has figures.
+        UserError: a file cannot be read or is not what the benchmark writes, or none has figures.
     """
     rows: list[Point] = []
     for path in paths:
-        with path.open(newline="") as file:
+        try:
+            file = path.open(newline="")
+        except OSError as error:
+            raise UserError(str(error)) from None
+        with file:
             reader = csv.DictReader(file)
             missing = {*PANEL, "way", "size", *FIGURES} - set(reader.fieldnames or [])
             if missing:
-                raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: not of `bench --csv`")
+                raise UserError(f"{path} has no column {', '.join(sorted(missing))}: not of `bench --csv`")
             rows += [row for row in reader if row["median_s"] and row["speed"]]
     if not rows:
-        raise ValueError(f"no way was measured in {', '.join(map(str, paths))}")
+        raise UserError(f"no way was measured in {', '.join(map(str, paths))}")
     return rows
 
 
@@ -91,31 +91,24 @@ def short(size: str) -> str:
     return width if width == height else size
 
 
-def draw(rows: list[Point], below: str) -> Any:
+def draw(rows: list[Point], below: str, ways: Ways) -> Any:
     """A figure of matplotlib."""
-    from matplotlib.figure import Figure
-
-    ways = [way for way in WAYS if any(row["way"] == way for row in rows)]
+    shown = dict.fromkeys(row["way"] for row in rows)
     panels = list(dict.fromkeys(tuple(row[name] for name in PANEL) for row in rows))
-    figure = Figure(figsize=(2.4 + 3.4 * len(panels), 6.4), layout="constrained")
+    figure = need("matplotlib.figure").Figure(figsize=(2.4 + 3.4 * len(panels), 6.4), layout="constrained")
     axes = figure.subplots(2, len(panels), squeeze=False, sharex="col")
     for column, key in enumerate(panels):
         here = [row for row in rows if tuple(row[name] for name in PANEL) == key]
         sizes = sorted({row["size"] for row in here}, key=lambda size: math.prod(map(int, size.split("x"))))
         for axis, figure_name in zip(axes[:, column], ("speed", below), strict=True):
-            for way in ways:
+            for way in shown:
                 points = {row["size"]: row for row in here if row["way"] == way and row[figure_name]}
                 at = [i for i, size in enumerate(sizes) if size in points]
-                values = [float(points[sizes[i]][figure_name]) for i in at]
-                ideal = way.startswith("ideal")
-                if not values or (ideal and figure_name == "share_median"):
+                if not at or (way.startswith("ideal") and figure_name == "share_median"):
                     continue  # 1 by definition
-                style: dict[str, Any] = (
-                    {"marker": "_", "linestyle": "--", "linewidth": 1.1}
-                    if ideal
-                    else {"marker": "o", "markersize": 4}
-                )
-                axis.plot(at, values, color=COLOURS[way], label=way, **style)
+                values = [float(points[sizes[i]][figure_name]) for i in at]
+                colour = ways[way].colour if way in ways else OTHER
+                axis.plot(at, values, color=colour, label=way, **style(way))
             axis.grid(axis="y", color="0.92")
             axis.spines[["top", "right"]].set_visible(False)
             axis.margins(0.1)
@@ -136,27 +129,31 @@ def draw(rows: list[Point], below: str) -> Any:
     return figure
 
 
-def curves(rows: list[dict[str, Any]], figure_name: str, label: str, title: str) -> Any:
-    """A figure of matplotlib: a column of `quality` over seconds; each way a curve, plain's time a line."""
-    from matplotlib.figure import Figure
+def style(way: str) -> dict[str, Any]:
+    """Ideals are drawn as the limits that they are."""
+    if way.startswith("ideal"):
+        return {"marker": "_", "linestyle": "--", "linewidth": 1.1}
+    return {"marker": "o", "markersize": 4}
 
-    figure = Figure(figsize=(8.2, 5), layout="constrained")
+
+def curves(rows: list[Row], column: str, label: str, title: str, ways: Ways) -> Any:
+    """A figure of matplotlib: a column of `quality` over seconds; each way a curve, plain's time a line.
+
+    Rows hold their `mark`, what is written beside their point, and plain is the first.
+    """
+    figure = need("matplotlib.figure").Figure(figsize=(8.2, 5), layout="constrained")
     axis = figure.subplots()
-    for way in dict.fromkeys(row["way"] for row in rows):
-        colour = COLOURS[way]
-        if way == "plain":
-            axis.axvline(rows[0]["seconds"], color=colour, linestyle="--", label=way)
-            continue
-        here = [row for row in rows if row["way"] == way and row[figure_name] is not None]
+    axis.axvline(rows[0]["seconds"], color=ways["plain"].colour, linestyle="--", label="plain")
+    for way in dict.fromkeys(row["way"] for row in rows[1:]):
+        here = [row for row in rows if row["way"] == way and row[column] is not None]
         if not here:
             continue
-        seconds = [row["seconds"] for row in here]
-        values = [1 - row[figure_name] if label.startswith("1 -") else row[figure_name] for row in here]
-        fewer = way == "fewer-steps"
-        axis.plot(seconds, values, color=colour, marker="s" if fewer else "o", markersize=4, label=way)
-        about: dict[str, Any] = {"textcoords": "offset points", "fontsize": 6, "color": colour}
+        colour, marker = (ways[way].colour, "o") if way in ways else (FEWER_COLOUR, "s")
+        seconds, values = ([row[name] for row in here] for name in ("seconds", column))
+        axis.plot(seconds, values, color=colour, marker=marker, markersize=4, label=way)
+        about: Row = {"textcoords": "offset points", "fontsize": 6, "color": colour}
         for row, at in zip(here, zip(seconds, values, strict=True), strict=True):
-            axis.annotate((row["steps"] if fewer else row["ratio"]) or "", at, (3, 3), **about)
+            axis.annotate(row["mark"], at, (3, 3), **about)
     axis.set(xlabel="seconds of the UNet for a picture", ylabel=label)
     axis.set_title(title, fontsize=9)
     axis.grid(color="0.92")
@@ -165,38 +162,43 @@ def curves(rows: list[dict[str, Any]], figure_name: str, label: str, title: str)
     return figure
 
 
-def sheet(columns: dict[str, Any], rows: list[str]) -> Any:
-    """A figure of matplotlib: pictures, as many in each column as there are names of rows."""
-    from matplotlib.figure import Figure
+def sheet(
+    columns: Sequence[tuple[str, Sequence[Any]]],
+    rows: Sequence[str],
+    captions: Sequence[Sequence[str]] = (),
+    inches: float = 1.0,
+) -> Any:
+    """A figure of matplotlib: pictures, as many in each column as there are names of rows.
 
-    size = (1.1 * len(columns) + 1, 1.1 * len(rows) + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
+    Args:
+        columns: the name and the pictures of each.
+        captions: of the pictures of each column.
+        inches: side of a picture.
+    """
+    side, font = inches + 0.1, 7 if inches < 2 else 9
+    size = (side * len(columns) + 1, (side + 0.3 * bool(captions)) * len(rows) + 0.4)
+    figure = need("matplotlib.figure").Figure(figsize=size, dpi=100, layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    for j, (name, pictures) in enumerate(columns.items()):
-        axes[0, j].set_title(name.replace(" ", "\n"), fontsize=7)
-        for axis, picture in zip(axes[:, j], pictures, strict=True):
-            axis.imshow(picture)
-            axis.set(xticks=[], yticks=[])
+    for j, (name, pictures) in enumerate(columns):
+        axes[0, j].set_title(textwrap.fill(name, round(14 * inches)), fontsize=font)
+        for i, (axis, picture) in enumerate(zip(axes[:, j], pictures, strict=True)):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[], xlabel=captions[j][i] if captions else "")
             axis.spines[:].set_visible(False)
     for axis, row in zip(axes[:, 0], rows, strict=True):
-        axis.set_ylabel(row[:40], fontsize=7, rotation=0, ha="right", va="center")
+        axis.set_ylabel(textwrap.fill(row, 16), fontsize=font, rotation=0, ha="right", va="center")
     return figure
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs the command."""
-    parser: argparse.ArgumentParser = args.command
-    try:
-        rows = read(args.csv)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    try:
-        figure = draw(rows, args.below)
-    except ImportError:
-        sys.exit("plot needs matplotlib: pip install 'tomesd[bench]'")
+def run(args: argparse.Namespace, ways: Ways) -> int:
+    figure = draw(read(args.csv), args.below, ways)
     try:
         figure.savefig(args.out, dpi=150)
     except (OSError, ValueError) as error:  # no such folder, or no such format
-        parser.error(f"argument --out: {error}")
+        raise UserError(f"argument --out: {error}") from None
     print(args.out)
     return 0
+
+
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM, ways: Ways = WAYS) -> int:
+    return guarded(program, lambda: run(make_parser(program).parse_args(arguments), ways))

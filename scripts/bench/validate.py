@@ -1,7 +1,7 @@
 """Accuracy and speed of a vision transformer on a folder of pictures, plain and with merging.
 
-    python scripts/validate.py --data imagenet/val --model vit_base_patch16_224 --r 0 8 13 16:-1
-    accelerate launch scripts/validate.py --data imagenet/val --model google/vit-base-patch16-224
+    python scripts/bench validate --data imagenet/val --model vit_base_patch16_224 --r 0 8 13 16:-1
+    accelerate launch scripts/bench validate --data imagenet/val --model google/vit-base-patch16-224
 
 The folder holds one folder for each class; sorted by name they are in the order of the model's classes, as
 ImageNet's synsets are. A model is one of timm by its name there, or, where its name has a slash, one of
@@ -12,23 +12,23 @@ and speed is that of all together, the loading of pictures included.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torchvision_ops
+from accelerate import Accelerator
+from eval_vit import parse_setting
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from tqdm import tqdm
 
-torchvision_ops.define()
+import tomesd.vit as tome
+from tomesd.commands.common import Parser, guarded, positive
 
-from accelerate import Accelerator  # noqa: E402
-from eval_vit import parse_setting  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-from torchvision.datasets import ImageFolder  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import tomesd.vit as tome  # noqa: E402
+PROGRAM = "python scripts/bench validate"
 
 
 def load(name: str, pretrained: bool) -> tuple[nn.Module, Callable[[Any], Tensor]]:
@@ -67,19 +67,17 @@ def validate(
     return 100 * every.mean(0), len(every) / (time.perf_counter() - begin)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--data", required=True, help="folder with one folder of pictures for each class")
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--r", nargs="+", default=["0", "8"], help="8, 8:-1 (inflection) or 8,8,4 (layers)")
     parser.add_argument("--prop-attn", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--batch-size", type=int, default=64, help="of each process")
+    parser.add_argument("--batch-size", type=positive, default=64, help="of each process")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--mixed-precision", choices=["no", "fp16", "bf16"], default="no")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     model, transform = load(args.model, args.pretrained)
@@ -101,7 +99,12 @@ def main() -> None:
         accelerator.print(
             f"{name:>12}  top-1 {top1:.2f}  top-5 {top5:.2f}  {speed:.1f} pictures/s", flush=True
         )
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return guarded(PROGRAM, lambda: run(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""`python scripts/bench COMMAND`: what compares tomesd with rivals, or needs data and weights of others."""
+
+import sys
+
+from tomesd.commands.common import dispatch
+
+COMMANDS = {
+    "speed": "`python -m tomesd bench`, with the rivals",
+    "quality": "`python -m tomesd quality`, with the rivals and DINOv2",
+    "plot": "`python -m tomesd plot`, with the rivals",
+    "vit": "speed of vision transformers against plain and ideal ones",
+    "ops": "the hot operations against other ways to compute the same",
+    "count": "FLOPs and memory of a step of a UNet, without computing it",
+    "step-4k": "one step of the shipped model on the tokens of a 4K picture",
+    "eval-vit": "accuracy of DINOv2 with merged tokens on Fashion-MNIST",
+    "validate": "accuracy and speed of a classifier on a folder of pictures",
+    "peers": "fetches the packages that tomesd is compared with",
+    "dinov2": "writes real DINOv2 weights to a file, without a model hub",
+}
+
+if __name__ == "__main__":
+    sys.exit(dispatch("python scripts/bench", COMMANDS, package=""))

@@ -1,0 +1,71 @@
+"""Scripts that count and time what large pictures and vision transformers take."""
+
+import csv
+
+import count
+import step_4k
+import tiny
+import torch
+import vit
+
+from tomesd.commands import memory, models
+
+
+def test_what_a_step_costs_is_counted():
+    setting = models.Setting("unet", "tiny", "bfloat16", 192, 128, 0.75, 2, "meta")
+    network = models.build(setting)
+    plain, merged = (count.count(network, name, setting) for name in ("plain", "4k"))
+    n = 24 * 16
+    # Three transformers of two blocks at the finest level with 16 channels, one in the middle with 32.
+    own = 2 * 4 * (6 * n**2 * 16 + 2 * (n // 4) ** 2 * 32)
+    text = 2 * 4 * 77 * (6 * n * 16 + 2 * (n // 4) * 32)
+    assert plain.attention == own + text
+    assert merged.attention == own // 16 + text
+    assert merged.conv == plain.conv
+    assert 0 < count.count(network, "4k-stage", setting).matrices < merged.matrices
+    # At least the two halves of what the first feed-forward makes, and its input.
+    assert plain.memory > 2 * 2 * n * (8 + 1) * 16
+
+
+def test_what_is_alive_is_counted_once_and_forgotten():
+    with count.Alive() as alive:
+        a = torch.empty(100, device="meta")
+        a.view(10, 10).add_(1)
+        b = a + 1
+        del a, b
+        torch.empty(50, device="meta")
+    assert (alive.peak, alive.now) == (800, 0)
+
+
+def test_a_step_of_the_shipped_model_in_each_way(capsys):
+    tiny.peer("tomesd", alias="tomesd_0_1_3")
+    step_4k.main(["--latents", "32x16", "--rounds", "2"])
+    first, *ways, plan = capsys.readouterr().out.strip().split("\n")
+    assert first.startswith("32x16 latents, 512 tokens at the finest level, 2 images")
+    assert [line.split(":")[0] for line in ways] == list(step_4k.WAYS)
+    errors = [float(line.split("error ")[1]) for line in ways]
+    assert errors[0] == 0
+    assert all(0 < error < 1 for error in errors[1:])
+    assert plan.startswith("one plan: ")
+
+
+def test_the_old_release_is_left_out_where_its_similarities_do_not_fit(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "available", lambda device: 100)
+    step_4k.main(["--latents", "16x16", "--ways", "tomesd 0.1.3", "4k"])
+    _, old, ours, _ = capsys.readouterr().out.strip().split("\n")
+    assert old.startswith("tomesd 0.1.3: skipped: needs about")
+    assert ours.startswith("4k: ")
+
+
+def test_a_vision_transformer_is_timed_in_each_way(tmp_path, capsys):
+    table, plot = tmp_path / "v.csv", tmp_path / "v.png"
+    call = ["--models", "vit_tiny_patch16_224@64", "--batches", "1", "--dtypes", "float32", "--rounds", "2"]
+    assert vit.main([*call, "--device", "cpu", "--csv", str(table), "--plot", str(plot)]) == 0
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["way"] for row in rows] == ["plain", "ours, default", "ours, prop_attn=False", "ideal"]
+    assert [row["note"] for row in rows] == [""] * 4
+    assert all(float(row["speedup"]) > 0 for row in rows)
+    assert float(rows[0]["error"]) == 0 < float(rows[1]["error"]) < 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "vit_tiny_patch16_224, size 64, dtype float32" in capsys.readouterr().out

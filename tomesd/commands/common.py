@@ -1,0 +1,282 @@
+"""What commands, scripts and examples share: command lines, errors, tables, files, clocks, views."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import importlib
+import importlib.metadata
+import platform
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from .torchvision import mend_torchvision
+
+# The repository, where this is a checkout of it.
+ROOT = Path(__file__).resolve().parents[2]
+# Where commands keep what is slow to make.
+CACHE = Path.home() / ".cache" / "tomesd"
+DTYPES = ("float32", "bfloat16", "float16")
+Row = dict[str, Any]
+Result = TypeVar("Result")
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class UserError(Exception):
+    """A mistake that one line explains; the command ends with exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes a module's docstring for its description, and raises UserError for a wrong command line."""
+
+    def __init__(self, program: str, description: str | None, **options: Any) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(program, description=description, formatter_class=layout, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def dispatch(
+    program: str, commands: Mapping[str, str], package: str, arguments: Sequence[str] | None = None
+) -> int:
+    """Runs the command that the first argument names; lists all without one.
+
+    Args:
+        program: what a user types before that name.
+        commands: a line about each; its module has a `main(arguments)`.
+        package: what comes before the names of these modules.
+        arguments: those of the command line by default.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"usage: {program} COMMAND ...\n")
+        list_lines(commands)
+        print(f"\n{program} COMMAND --help explains each.")
+        return 0
+    if name not in commands:
+        say(f"{program}: error: invalid choice: {name!r} (choose from {', '.join(commands)})")
+        return 2
+    mend_torchvision()
+    code: int = importlib.import_module(package + name.replace("-", "_")).main(rest)
+    return code
+
+
+def guarded(program: str, call: Callable[[], int], if_full: str = "smaller sizes or batches") -> int:
+    """The exit code of a call; mistakes are explained in a line. `if_full`: what to try if memory ends."""
+    try:
+        return call()
+    except UserError as error:
+        say(f"{program}: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        say(f"{program}: error: out of memory; try {if_full}")
+        return 2
+
+
+def need(module: str) -> Any:
+    """Imports a module.
+
+    Raises:
+        UserError: it cannot be imported; says how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"cannot import {module} ({error}): pip install 'tomesd[bench]'") from None
+
+
+def size(text: str) -> tuple[int, int]:
+    """Width and height of `512` or `3840x2176`."""
+    found = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())
+    if not found or 0 in (sides := (int(found[1]), int(found[2] or found[1]))):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side like 512 nor a size like 3840x2176")
+    return sides
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def ratio(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and below 1")
+    return value
+
+
+def check_multiple(size: tuple[int, int], multiple: int, option: str = "--size") -> None:
+    """Raises a UserError for a size that is not a multiple of so many pixels, with sizes that are."""
+    for side in size:
+        if side % multiple:
+            below = max(multiple, side // multiple * multiple)
+            near = " or ".join(map(str, dict.fromkeys((below, below + multiple))))
+            text = "x".join(map(str, size))
+            raise UserError(f"{option} {text}: {side} is not a multiple of {multiple}; take {near}")
+
+
+def check_parent(path: Path | None, option: str) -> None:
+    """Raises a UserError for a file whose folder is missing: now, and not after hours."""
+    if path and not path.parent.is_dir():
+        raise UserError(f"argument {option}: there is no folder {path.parent}")
+
+
+def list_lines(lines: Mapping[str, str]) -> None:
+    """Prints names with what each of them is."""
+    width = max(map(len, lines))
+    for name, about in lines.items():
+        print(f"{name:{width}}  {about}")
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr, results to stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short: its first line, or the first sentences of a long one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return textwrap.shorten(lines[0], 160, placeholder=" ...").rstrip(".") if lines else type(error).__name__
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, for a table: the kind of the error and its first line."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return named or "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table of cells: the first column to the left, others to the right. Short lines stay as they are."""
+    columns = max(map(len, lines))
+    full = [line for line in lines if len(line) == columns]
+    widths = [max(len(line[0]) for line in lines)]
+    widths += [max(len(line[i]) for line in full) for i in range(1, columns)]
+    text = []
+    for first, *cells in lines:
+        if len(cells) + 1 == columns:
+            cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        text.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(text)
+
+
+def figures_table(lead: str, figures: Sequence[str], rows: Sequence[Row], formats: Mapping[str, str]) -> str:
+    """Rows as a table: the column `lead`, then those figures that a row has, or its note."""
+
+    def cell(row: Row, name: str) -> str:
+        value = row[name]
+        if value is None:
+            return "-"
+        return format(value, formats.get(name, "#.4g")) if isinstance(value, float) else str(value)
+
+    shown = [name for name in figures if any(row.get(name) is not None for row in rows)]
+    lines = [[lead, *shown]]
+    for row in rows:
+        lines.append([row[lead], row["note"]] if row["note"] else [row[lead], *(cell(row, n) for n in shown)])
+    return aligned(lines)
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write to; what is written there appears as `path` at the end, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"partial-{path.name}")
+    yield part
+    part.replace(path)
+
+
+def synchronize(device: str | torch.device) -> None:
+    """Waits until a device has done all that it was told to do."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    else:
+        getattr(torch, device.type).synchronize()
+
+
+def timed(call: Callable[[], Result], device: str | torch.device) -> tuple[Result, float]:
+    """The result of a call, and its seconds on a device."""
+    synchronize(device)
+    begin = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return result, time.perf_counter() - begin
+
+
+def view(network: Module) -> Module:
+    """A copy that shares the weights, so that each way can stay patched, for the memory of one."""
+    shared = [*network.parameters(), *network.buffers()]
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+
+
+def smooth(batch: int, channels: int, h: int, w: int, scale: int = 8, noise: float = 0.3) -> Tensor:
+    """Pixels that resemble their neighbours, as those of a picture do: `[batch, channels, h, w]`.
+
+    Args:
+        scale: how far likeness reaches, in pixels.
+        noise: standard deviation of what differs from pixel to pixel.
+    """
+    coarse = torch.randn(batch, channels, max(1, h // scale), max(1, w // scale))
+    fine = nn.functional.interpolate(coarse, size=(h, w), mode="bicubic")
+    return fine + noise * torch.randn_like(fine)
+
+
+def environment(device: str | torch.device, *packages: str) -> Row:
+    """Where something was measured, and with which versions of what."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **{package: importlib.metadata.version(package) for package in packages},
+        "tomesd": f"{__version__} {commit()}".strip(),
+    }
+
+
+def device_name(device: str | torch.device) -> str:
+    """What the processor or the GPU calls itself."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"model name\s*: (.*)", info)
+    return found[1] if found else platform.machine()
+
+
+def commit() -> str:
+    """The commit of a checkout, and whether files differ from it."""
+    if not (ROOT / ".git").exists():
+        return ""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""

@@ -1,0 +1,129 @@
+"""Devices, precisions and pipelines of diffusers, by what a user calls them."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .common import ROOT, UserError, check_multiple, first_line, need, say
+
+EMOJI_MODEL = ROOT / "examples" / "emoji-model"
+SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Where to draw, how precisely, and where the pictures go."""
+    best = "cpu, cuda, cuda:1, mps, ... (default: the best there is)"
+    parser.add_argument("--device", default="auto", help=best)
+    precision = "default: fp16 on cuda, else fp32"
+    parser.add_argument("--dtype", choices=("auto", *SHORT), default="auto", help=precision)
+    pictures = "folder for pictures (default: outputs)"
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help=pictures)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of that name; of `auto` the best there is.
+
+    Raises:
+        UserError: there is no such device, or it cannot be used.
+    """
+    if wanted == "auto":
+        mps = getattr(torch.backends, "mps", None)
+        best = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
+        return torch.device(best)
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UserError(
+            f"--device {wanted}: there is no such device; cpu, cuda, cuda:1 and mps are some"
+        ) from None
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {wanted} cannot be used here: {first_line(error)}") from None
+    if device.type == "meta":
+        raise UserError("--device meta computes nothing")
+    return device
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The precision of that name, in torch or short; of `auto` float16 on CUDA and float32 elsewhere."""
+    if wanted == "auto":
+        wanted = "fp16" if device.type == "cuda" else "fp32"
+    dtype = getattr(torch, SHORT.get(wanted, wanted))
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def check_model(model: str) -> None:
+    """Raises a UserError for what cannot be a pipeline, before anything slow is imported."""
+    path = Path(model).expanduser()
+    if path == EMOJI_MODEL and not path.exists():
+        raise UserError(
+            f"there is no model in {path}, as this is no checkout of the repository: give --model"
+        )
+    if path.is_dir():
+        try:
+            json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path} is not a pipeline folder: it has no model_index.json") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path / 'model_index.json'}: {error}") from None
+    elif path.is_file():
+        raise UserError(f"{path} is a file; --model wants the folder or hub id of a diffusers pipeline")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        raise UserError(f"there is no folder {path}, and {model!r} cannot be a hub id (owner/name)")
+
+
+def load_pipeline(
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    otherwise: str = "leave --model out for the shipped model",
+) -> Any:
+    """A pipeline that draws from prompts, on its device.
+
+    Raises:
+        UserError: it cannot be had; says what to do `otherwise`.
+    """
+    check_model(model)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints concern parts that are not used here
+    local = Path(model).expanduser()
+    source = str(local) if local.is_dir() else model
+    diffusers = need("diffusers")
+    say(f"loading {source} on {device} as {str(dtype).removeprefix('torch.')}")
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, **dtype_option(dtype))
+    except Exception as error:
+        if local.is_dir():
+            raise UserError(f"{local} cannot be loaded as a pipeline: {first_line(error)}") from None
+        cause = first_line(error)
+        if "not fully cached" in str(error) or "onnect" in str(error):
+            cause = "cannot be reached, and it is not in the local cache"
+        raise UserError(
+            f"cannot get the model {model!r}: no such folder here, and from the Hugging Face Hub: {cause}. "
+            f"Check the name and the network, or {otherwise}"
+        ) from None
+    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise UserError(f"{model} is a {type(pipe).__name__}, which draws nothing from a prompt")
+    return pipe.to(device)
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The precision as an option of `from_pretrained`, whose name changed in diffusers 0.42."""
+    version = need("diffusers").__version__.split(".")[:2]
+    return {"dtype" if tuple(map(int, version)) >= (0, 42) else "torch_dtype": dtype}
+
+
+def check_pipeline_size(pipe: Any, size: tuple[int, int] | None) -> None:
+    """The size against what a pipeline's autoencoder and network need."""
+    if size:
+        check_multiple(size, math.lcm(8, int(getattr(pipe, "vae_scale_factor", 8))))
