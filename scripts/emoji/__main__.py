@@ -27,17 +27,20 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints concern parts that are not used here
+from tomesd.commands import mend_torchvision
 
-import numpy as np
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from card import command_line, facts_of, write_card
-from data import EmojiFont, UserError, emoji_table, jittered, painted_table, to_tensor
-from grow import Parts, build_scheduler, build_text_encoder, build_tokenizer, build_unet
-from options import parse_args, pick_precision
-from train import CaptionSampler, Training, sheet_prompts
-from vae import make_latents, make_vae
+mend_torchvision()  # before anything imports torchvision
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from accelerate.utils import set_seed  # noqa: E402
+from card import command_line, facts_of, write_card  # noqa: E402
+from data import EmojiFont, UserError, emoji_table, jittered, painted_table, to_tensor  # noqa: E402
+from grow import Parts, build_scheduler, build_text_encoder, build_tokenizer, build_unet  # noqa: E402
+from options import parse_args, pick_precision  # noqa: E402
+from train import CaptionSampler, Training, sheet_prompts  # noqa: E402
+from vae import make_latents, make_vae  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
