@@ -11,7 +11,15 @@ import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 TEXT = 32  # width of the text embedding
 
@@ -452,6 +460,31 @@ def animatediff() -> D.AnimateDiffPipeline:
         unet=motion_unet(),
         motion_adapter=None,
         scheduler=D.DDIMScheduler(clip_sample=False, beta_schedule="linear"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pixart_pipe() -> D.PixArtAlphaPipeline:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(chr(letter), -8.0) for letter in range(33, 127)]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=120)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=TEXT,
+        d_kv=8,
+        d_ff=2 * TEXT,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    pipe = D.PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=T5EncoderModel(config).eval(),
+        vae=vae(),
+        transformer=pixart(),
+        scheduler=D.DPMSolverMultistepScheduler(),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -79,6 +79,29 @@ def test_animatediff_merges_spatial_blocks_only():
     assert not [row.name for row in rows if "motion" in row.name]
 
 
+def test_pixart():
+    pipe = tiny.pixart_pipe()
+    call = dict(height=128, width=192, use_resolution_binning=False)
+    check(pipe, **call)
+    tomesd.apply_patch(pipe, tomesd.SampleKeys(0.5))
+    with tomesd.trace(pipe) as plans:
+        tiny.generate(pipe, **call)
+    # Latents of 16 x 24 in patches of 2 x 2.
+    assert {(plan.h, plan.w, plan.map.tokens, plan.map.groups) for plan in plans} == {(8, 12, 96, 24)}
+    rows = tomesd.explain(pipe, 128, 192).rows
+    assert {(row.before, row.after) for row in rows} == {(96, 24)}
+
+
+def test_temporal_blocks_are_left_alone():
+    for name in ("svd", "i2vgen", "sparse_controlnet", "animatediff", "unet3d"):
+        case = tiny.CASES[name]
+        model = case.build()
+        tomesd.apply_patch(model, max_downsample=8)
+        rows = tomesd.explain(model).rows
+        assert rows
+        assert not [row.name for row in rows if "temp" in row.name or "motion" in row.name]
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_controlnet_is_patched_as_well(several):
     nets = [tiny.controlnet(), tiny.controlnet()] if several else tiny.controlnet()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maths.token_map import TokenMap
-from .family import Site
+from .family import Site, submodule
 from .hooks import OWNER, Args, Argument, Kwargs, Patch, PerThread
 from .unets import ImageFamily
 
@@ -101,6 +101,12 @@ class Step:
     timestep: Tensor | float = 0
     images: dict[int, Image] = field(default_factory=dict)
 
+    @classmethod
+    def at(cls, timestep: Tensor | float | None) -> Step:
+        if isinstance(timestep, Tensor):
+            timestep = timestep.detach()  # deepcopy refuses tensors that have a history
+        return cls(0 if timestep is None else timestep)
+
 
 @dataclass(eq=False)
 class CurrentStep:
@@ -117,6 +123,9 @@ class NetworkHooks:
 
     One image serves all containers of a level in a step. Activation checkpointing on a GPU calls parts of the
     network again in a thread of its own: such a thread is given the last step of any thread.
+
+    Where torch.compile wraps a network, hooks on itself are not part of the program, and whatever they keep is
+    shared by all threads. So a program takes the timestep from a module inside of the network, its clock.
     """
 
     def __init__(self, patch: Patch, network: nn.Module, family: ImageFamily) -> None:
@@ -125,8 +134,17 @@ class NetworkHooks:
         self.own = PerThread(CurrentStep)
         self.last: Step | None = None
         self.tables: dict[Hashable, Any] = {}
+        clock, last = (
+            next((module for path in paths if (module := submodule(network, path))), None)
+            for paths in (family.clock, family.last)
+        )
+        self.has_clock = clock is not None and last is not None
         patch.before(network, self.begin)
-        patch.after(network, self.end)
+        if clock is not None and last is not None:
+            patch.before(clock, self.tick)
+            patch.after(last, self.end)
+        else:
+            patch.after(network, self.end)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "last": None, "tables": {}}
@@ -134,21 +152,26 @@ class NetworkHooks:
     def begin(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
         for listener in self.patch.listeners:
             listener.begin()
-        timestep = self.timestep.get(args, kwargs)
-        if isinstance(timestep, Tensor):
-            timestep = timestep.detach()  # deepcopy refuses tensors that have a history
-        step = self.own.get().step = Step(0 if timestep is None else timestep)
+        if self.has_clock and torch.compiler.is_compiling():
+            return
+        step = self.own.get().step = Step.at(self.timestep.get(args, kwargs))
         if not torch.compiler.is_compiling():
             self.last = step
 
-    def end(self, network: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+    def tick(self, clock: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        own = self.own.get()
+        if own.step is None and torch.compiler.is_compiling():
+            own.step = Step.at(args[0])
+
+    def end(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
         # Else kept for what checkpointing recomputes. Compiled code would have to return it from each call.
         if torch.compiler.is_compiling():
             self.own.get().step = None
 
-    def image(self, level: int, h: int, w: int, x: Tensor) -> Image:
+    def image(self, level: int, h: int, w: int, x: Tensor, step: Step | None = None) -> Image:
         """The image of `h` x `w` tokens of a level, for a batch `x` `[B, C, ...]` of them."""
-        step = self.own.get().step or self.last or Step()  # containers may be called by themselves
+        # Containers may be called by themselves.
+        step = step or self.own.get().step or self.last or Step()
         image = step.images.get(level)
         if image is None or not image.fits(h, w, x.shape[0], x.device):
             timestep = _one_per_sample(step.timestep, x.shape[0])
@@ -186,6 +209,8 @@ class ContainerHooks:
         self.input = Argument(module, family.image, 0)
         self.side = family.side(module)
         self.carrier = Argument(module, family.carrier) if family.carrier else None
+        # Of a network that runs its blocks itself.
+        self.timestep = None if family.containers else network.timestep
         self.own = PerThread(CurrentCall)
         self.last: Call | None = None
         patch.before(module, self.enter)
@@ -198,7 +223,8 @@ class ContainerHooks:
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         x = self.input.get(args, kwargs)
         h, w = (length // self.side for length in x.shape[-2:])
-        call = Call(self.network.image(self.level, h, w, x))
+        step = None if self.timestep is None else Step.at(self.timestep.get(args, kwargs))
+        call = Call(self.network.image(self.level, h, w, x, step))
         if self.carrier is not None:
             return self.carrier.put(args, kwargs, {**(self.carrier.get(args, kwargs) or {}), OWNER: call})
         self.own.get().call = call

@@ -16,6 +16,8 @@ class ImageFamily(Family):
 
     Args:
         timestep: the parameter of the network's forward that is the timestep.
+        clock: modules, of which a network has one, that are given the timesteps early in its forward.
+        last: modules, of which it has one, that run after all blocks.
         stages: attributes of the network that hold its blocks, in the order of the forward pass.
         containers: classes that take an image `[B, C, h, w]` and run blocks on its tokens. The network itself
             where there are none.
@@ -27,6 +29,8 @@ class ImageFamily(Family):
     """
 
     timestep: str = "timestep"
+    clock: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
     stages: tuple[str, ...] = ("down_blocks", "mid_block", "up_blocks")
     containers: tuple[str, ...] = ()
     image: str = "hidden_states"
@@ -65,6 +69,8 @@ class ImageFamily(Family):
                 yield Site(name, module, block, container, level)
 
 
+CLOCK = ("time_proj", "base_time_proj")
+LAST = ("conv_out", "base_conv_out", "controlnet_mid_block")
 BASIC = Block(
     "norm1",
     attn=Part(
@@ -97,6 +103,8 @@ FAMILIES = (
             "AudioLDM2UNet2DConditionModel",
         ),
         blocks={"BasicTransformerBlock": BASIC},
+        clock=CLOCK,
+        last=LAST,
         containers=("Transformer2DModel",),
         carrier="cross_attention_kwargs",
         down=("Downsample2D",),
@@ -106,6 +114,8 @@ FAMILIES = (
         name="Stable Video Diffusion",
         networks=("UNetSpatioTemporalConditionModel",),
         blocks={"BasicTransformerBlock": BASIC},
+        clock=CLOCK,
+        last=LAST,
         containers=("TransformerSpatioTemporalModel",),
         down=("Downsample2D",),
         up=("Upsample2D",),
