@@ -93,10 +93,12 @@ def test_a_stage_needs_all_blocks_of_its_transformer():
 
 
 def test_a_stage_keeps_nothing_after_a_call_without_gradients():
+    def tokens():
+        found = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+        return sum(x.dim() == 3 and x.shape[1] == 256 for x in found)
+
     model = tiny.ldm()
     tomesd.apply_patch(model, tomesd.MergeStage())
+    before = tokens()
     tiny.CASES["ldm"](model)
-    tokens = [
-        x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.dim() == 3 and x.shape[1] == 256
-    ]
-    assert tokens == []
+    assert tokens() == before

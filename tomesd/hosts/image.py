@@ -122,9 +122,9 @@ class NetworkHooks:
     """Reads the timestep of each forward of a network, and makes the images of its containers.
 
     One image serves all containers of a level in a step. Activation checkpointing on a GPU calls parts of the
-    network again in a thread of its own: such a thread is given the last step of any thread.
+    network again in a thread of its own, which is given the last step of any thread.
 
-    Where torch.compile wraps a network, hooks on itself are not part of the program, and whatever they keep is
+    Where torch.compile wraps a network, hooks on itself are no part of the program, and whatever they keep is
     shared by all threads. So a program takes the timestep from a module inside of the network, its clock.
     """
 
