@@ -182,7 +182,9 @@ class NetworkPatch(Patch):
             for method, own in by_method.items():
                 for group in method.groups(own):
                     plan = PlanIfItPays(method, method.work(group)) if target.auto else method.plan
-                    method.attach({site: blocks[site] for site in group}, self, plan)
+                    for site in group:
+                        blocks[site].plan = plan
+                    method.attach({site: blocks[site] for site in group}, self)
 
 
 def _put(targets: Sequence[Target]) -> None:

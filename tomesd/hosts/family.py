@@ -16,52 +16,34 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Part:
-    """A module of a block that takes tokens and returns tokens.
+    """A module of a block that takes tokens and returns tokens. Parameters are those of its forward."""
 
-    Args:
-        path: where it is in the block.
-        tokens: the parameter of its forward that is the tokens.
-        output: which item of its output is the tokens, where that is a tuple.
-        keys: of an attention: the parameter, if any, of other tokens to take keys and values from.
-        bias: of an attention: the parameter, if any, that is added to the logits of each key.
-        rope: of an attention: the parameter, if any, that holds rotary embeddings of the tokens.
-        key_layer: of an attention: the module in it whose output is the keys, `[B, heads, N, D]` or
-            `[B, N, heads * D]`.
-        sees_text: whether an attention takes its keys from the text: yes, no, or an attribute of the block
-            (`"attn1.is_cross_attention"`) that says so.
-    """
-
-    path: str
-    tokens: str = "hidden_states"
-    output: int | None = None
-    keys: str | None = None
-    bias: str | None = None
-    rope: str | None = None
-    key_layer: str | None = None
+    path: str  # where it is in the block
+    tokens: str = "hidden_states"  # the parameter that is the tokens
+    output: int | None = None  # which item of its output is the tokens, where that is a tuple
+    # Of an attention, as far as it has them:
+    keys: str | None = None  # the parameter of other tokens to take keys and values from
+    bias: str | None = None  # the parameter that is added to the logits of each key
+    rope: str | None = None  # the parameter that holds rotary embeddings of the tokens
+    key_layer: str | None = None  # the module in it that returns [B, heads, N, D] or [B, N, heads * D] keys
+    # Whether it takes its keys from the text, or an attribute of the block (`"attn1.is_cross_attention"`) that
+    # says so.
     sees_text: bool | str = False
 
 
 @dataclass(frozen=True)
 class Block:
-    """The parts of a transformer block. What a family's blocks do not have stays None.
+    """The parts of a transformer block. What a family's blocks do not have stays None."""
 
-    Args:
-        input: the module that is given the block's tokens first of all.
-        attn: self-attention.
-        cross: cross-attention.
-        mlp: the feed-forward layers.
-        middle: the module that is given the tokens after attention, where those of ViTs merge.
-        end: the last module that sees what the second half adds to the tokens.
-        tokens: the parameter of the block's forward that is the tokens.
-    """
-
-    input: str
+    input: str  # the module that is given the block's tokens first of all
     attn: Part
     cross: Part | None = None
     mlp: Part | None = None
-    middle: str | None = None
-    end: str | None = None
-    tokens: str = "hidden_states"
+    middle: str | None = (
+        None  # the module that is given the tokens after attention, where those of ViTs merge
+    )
+    end: str | None = None  # the last module that sees what the second half adds to the tokens
+    tokens: str = "hidden_states"  # the parameter of the block's own forward that is the tokens
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -72,17 +54,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of networks.
-
-    Args:
-        name: what people call it.
-        networks: classes of the whole network.
-        blocks: classes of its transformer blocks, and the parts of each.
-    """
+    """A family of networks: what people call it, and names of classes."""
 
     name: str
-    networks: tuple[str, ...]
-    blocks: dict[str, Block]
+    networks: tuple[str, ...]  # classes of the whole network
+    blocks: dict[str, Block]  # classes of its transformer blocks, and the parts of each
 
     def fits(self, module: nn.Module) -> bool:
         """Whether a module is a network of this family."""
@@ -102,21 +78,13 @@ AnyFamily = TypeVar("AnyFamily", bound=Family)
 
 @dataclass(frozen=True)
 class Site:
-    """A transformer block of a network, and where in it.
+    """A transformer block of a network, and where in it."""
 
-    Args:
-        name: its path in the network.
-        module: the block.
-        block: its parts.
-        container: the module whose input is the image of the block's tokens.
-        level: how often the resolution was halved before it.
-    """
-
-    name: str
+    name: str  # its path in the network
     module: nn.Module
     block: Block
-    container: nn.Module
-    level: int = 0
+    container: nn.Module  # whose input is the image of the block's tokens
+    level: int = 0  # how often the resolution was halved before it
 
     @property
     def downsample(self) -> int:

@@ -24,13 +24,8 @@ OWNER = "_tomesd"
 class Argument:
     """A parameter of a module's forward, which callers may pass by position or by keyword.
 
-    Args:
-        module: whose forward it is.
-        name: what the parameter is called there.
-        position: where it is in families' own forwards, for a forward that does not name it.
-
-    Raises:
-        ValueError: the forward has no such parameter, and no position is known.
+    `position` is where families have it, for a forward that does not name it. Without it, a ValueError says that
+    there is no such parameter.
     """
 
     def __init__(self, module: nn.Module, name: str, position: int | None = None) -> None:
@@ -60,9 +55,7 @@ class PerThread(Generic[Record]):
     """A record for each thread that asks: one module may run in several threads, each on images of its own.
 
     Code of torch.compile has one record: all that it keeps there lies between two of its own operations.
-
-    Args:
-        make: the class of the record, made without arguments.
+    `make` makes a record.
     """
 
     def __init__(self, make: Callable[[], Record]) -> None:

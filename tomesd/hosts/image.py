@@ -27,24 +27,15 @@ Plan = Callable[[Tensor, "Image"], TokenMap]
 
 @dataclass(eq=False)
 class Image:
-    """An image of tokens at one step of a denoising loop.
-
-    Args:
-        h: height in tokens.
-        w: width in tokens.
-        timestep: a number, or a tensor of one, or of one for each image of the batch.
-        device: where its tokens are.
-        downsample: how many times smaller it is than the network's input.
-        tables: what outlasts the step, see `always`.
-    """
+    """An image of `h` x `w` tokens at one step of a denoising loop."""
 
     h: int
     w: int
-    timestep: Tensor | float = 0
+    timestep: Tensor | float = 0  # a number, or a tensor of one, or of one for each image of the batch
     device: torch.device | None = None
-    downsample: int = 1
-    tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-    shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    downsample: int = 1  # how many times smaller it is than the network's input
+    tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # of `always`
+    shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # of `once`
 
     @property
     def n(self) -> int:
@@ -64,26 +55,20 @@ class Image:
         return made
 
     def always(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What depends on the size of the image alone: made once, kept as long as the model is patched."""
+        """What depends on the size alone, an object with tensors: kept as long as the model is patched."""
         if torch.compiler.is_compiling():
             return self.once(key, make)  # part of the program
         place = key, self.h, self.w, self.device
-        if place in self.tables:
-            kept: T = self.tables[place]
-            return kept
-        with torch.inference_mode(False):  # or training could not use them afterwards
-            made = make()
-        if _is_plain(made):
-            if len(self.tables) >= TABLES:
-                self.tables.clear()
-            self.tables[place] = made
+        made: T | None = self.tables.get(place)
+        if made is None:
+            with torch.inference_mode(False):  # or training could not use them afterwards
+                made = make()
+            # Those of FakeTensorMode, say, would be of no use later.
+            if all(type(value) is Tensor for value in vars(made).values() if isinstance(value, Tensor)):
+                if len(self.tables) >= TABLES:
+                    self.tables.clear()
+                self.tables[place] = made
         return made
-
-
-def _is_plain(made: Any) -> bool:
-    """Whether its tensors hold numbers: those of FakeTensorMode, say, would be of no use later."""
-    values = [made] if isinstance(made, Tensor) else vars(made).values()
-    return all(type(value) is Tensor for value in values if isinstance(value, Tensor))
 
 
 @dataclass(eq=False)
@@ -109,12 +94,10 @@ class Step:
 
 
 @dataclass(eq=False)
-class CurrentStep:
+class Current:
+    """Where a thread is: the step of its network's forward, and its call of a container."""
+
     step: Step | None = None
-
-
-@dataclass(eq=False)
-class CurrentCall:
     call: Call | None = None
 
 
@@ -131,7 +114,7 @@ class NetworkHooks:
     def __init__(self, patch: Patch, network: nn.Module, family: ImageFamily) -> None:
         self.patch = patch
         self.timestep = Argument(network, family.timestep, 1)
-        self.own = PerThread(CurrentStep)
+        self.own = PerThread(Current)
         self.last: Step | None = None
         self.tables: dict[Hashable, Any] = {}
         clock, last = (
@@ -211,7 +194,7 @@ class ContainerHooks:
         self.carrier = Argument(module, family.carrier) if family.carrier else None
         # Of a network that runs its blocks itself.
         self.timestep = None if family.containers else network.timestep
-        self.own = PerThread(CurrentCall)
+        self.own = PerThread(Current)
         self.last: Call | None = None
         patch.before(module, self.enter)
         if self.carrier is None:
@@ -243,23 +226,18 @@ class ContainerHooks:
 
 @dataclass(eq=False)
 class BlockCall:
-    """What is known of a block during one call of it.
+    """What is known of a block during one call of it."""
 
-    Args:
-        x: its input, until the plan is made.
-        call: the call of its container.
-        map: the plan.
-    """
-
-    x: Tensor | None = None
-    call: Call | None = None
-    map: TokenMap | None = None
+    x: Tensor | None = None  # its input, until the plan is made
+    call: Call | None = None  # of its container
+    map: TokenMap | None = None  # the plan
 
 
 class BlockHooks:
     """A block while it runs: its own call, and the call of the container that it is part of.
 
-    It holds no module, so that a copy of a block does not take the whole model along.
+    `plan` is the planner of its method, if it has one. It holds no module, so that a copy of a block does not
+    take the whole model along.
     """
 
     def __init__(self, patch: Patch, container: ContainerHooks, site: Site, family: ImageFamily) -> None:
@@ -267,6 +245,7 @@ class BlockHooks:
         self.container = container
         self.name = site.name
         self.own = PerThread(BlockCall)
+        self.plan: Plan | None = None
         self.tokens = Argument(site.module, site.block.tokens, 0)
         self.carrier = Argument(site.module, family.carrier) if family.carrier else None
         for name in ("attn", "cross"):
@@ -275,13 +254,19 @@ class BlockHooks:
                 patch.before(part, self.receive)
         patch.after(site.module, self.forget)
 
-    def keep_input(self, site: Site) -> None:
-        """From now on keeps the block's input until the plan is made."""
+    def plan_at_attention(self, site: Site) -> None:
+        """From now on plans at self-attention, by the block's input."""
         # Not at the block itself: what CompVis' checkpointing recomputes begins after it.
         self.patch.before(site.module.get_submodule(site.block.input), self.keep)
+        self.patch.before(site.module.get_submodule(site.block.attn.path), self.plan_by_input)
 
     def keep(self, part: nn.Module, args: Args, kwargs: Kwargs) -> None:
         self.own.get().x = args[0]
+
+    def plan_by_input(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        own = self.own.get()
+        own.map = self.make_plan(own.x, own.call)
+        own.x = None
 
     def receive(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Takes the container's call out of what attention is given."""
@@ -301,7 +286,7 @@ class BlockHooks:
             return self.container.unpassed()
         return (self.carrier.get(args, kwargs) or {}).get(OWNER)
 
-    def make_plan(self, plan: Plan, x: Tensor | None, call: Call | None) -> TokenMap:
+    def make_plan(self, x: Tensor | None, call: Call | None) -> TokenMap:
         """Plans what to merge of the tokens `x` `[B, N, C]` of this block, and tells who listens."""
         image = None if call is None else call.image
         if x is None or image is None or x.shape[1] != image.n:
@@ -311,7 +296,8 @@ class BlockHooks:
                 f"tomesd: {self.name} was given {tokens} and {seen}: call the whole network, not a part of "
                 "it, or remove_patch first"
             )
-        token_map = plan(x, image)
+        assert self.plan is not None
+        token_map = self.plan(x, image)
         for listener in self.patch.listeners:
             listener.note(self.name, image, x.shape[0], token_map)
         return token_map

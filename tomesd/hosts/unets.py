@@ -12,32 +12,26 @@ from .family import Block, Family, Network, Part, Site, find, is_named, known, m
 
 @dataclass(frozen=True)
 class ImageFamily(Family):
-    """A family of networks whose blocks run on the tokens of an image.
+    """A family of networks whose blocks run on the tokens of an image. Parameters are those of forwards."""
 
-    Args:
-        timestep: the parameter of the network's forward that is the timestep.
-        clock: modules, of which a network has one, that are given the timesteps early in its forward.
-        last: modules, of which it has one, that run after all blocks.
-        stages: attributes of the network that hold its blocks, in the order of the forward pass.
-        containers: classes that take an image `[B, C, h, w]` and run blocks on its tokens. The network itself
-            where there are none.
-        image: the parameter of a container's forward that is this image.
-        patch_size: the item of the network's config, if any, that is the side of a token in this image.
-        carrier: the parameter of containers and blocks, if any, that is a dict of arguments for attention.
-        down: classes that halve the resolution at the end of the part of a stage that they are in.
-        up: classes that double it there.
-    """
-
-    timestep: str = "timestep"
-    clock: tuple[str, ...] = ()
-    last: tuple[str, ...] = ()
+    timestep: str = "timestep"  # the network's parameter
+    clock: tuple[
+        str, ...
+    ] = ()  # modules, of which it has one, that are given the timesteps early in its forward
+    last: tuple[str, ...] = ()  # modules, of which it has one, that run after all blocks
+    # Attributes of the network that hold its blocks, in the order of the forward pass.
     stages: tuple[str, ...] = ("down_blocks", "mid_block", "up_blocks")
+    # Classes that take an image [B, C, h, w] and run blocks on its tokens; the network itself if there are none.
     containers: tuple[str, ...] = ()
-    image: str = "hidden_states"
-    patch_size: str | None = None
-    carrier: str | None = None
-    down: tuple[str, ...] = ()
-    up: tuple[str, ...] = ()
+    image: str = "hidden_states"  # the container's parameter that is this image
+    patch_size: str | None = (
+        None  # the item of the network's config that is the side of a token in it, if not 1
+    )
+    carrier: str | None = (
+        None  # the parameter of containers and blocks that is a dict of arguments for attention
+    )
+    down: tuple[str, ...] = ()  # classes that halve the resolution at the end of their part of a stage
+    up: tuple[str, ...] = ()  # classes that double it there
 
     def side(self, network: nn.Module) -> int:
         """The side of a token in the image that containers are given."""

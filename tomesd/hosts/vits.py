@@ -16,19 +16,12 @@ from .family import Block, Family, Network, Part, Site, find, is_named, known, s
 
 @dataclass(frozen=True)
 class VisionFamily(Family):
-    """A family of networks whose blocks are `x = x + attn(norm1(x)); x = x + mlp(norm2(x))`.
+    """A family of networks whose blocks are `x = x + attn(norm1(x)); x = x + mlp(norm2(x))`."""
 
-    Args:
-        package: the function of `tomesd.vit.patch` that patches it.
-        path: the list of its blocks.
-        prefix: how many tokens before the patches (class, distillation, registers) never merge.
-        prop_attn: whether attention counts a merged token as many times as it has tokens, by default.
-    """
-
-    package: str = "transformers"
-    path: str = "encoder.layers"
-    prefix: Callable[[Any], int] = lambda network: 1
-    prop_attn: bool = True
+    package: str = "transformers"  # the function of `tomesd.vit.patch` that patches it
+    path: str = "encoder.layers"  # the list of its blocks
+    prefix: Callable[[Any], int] = lambda network: 1  # how many tokens before the patches never merge
+    prop_attn: bool = True  # whether a merged token counts as many times as it has tokens, by default
 
     def fits(self, module: nn.Module) -> bool:
         return super().fits(module) and submodule(module, self.path) is not None
@@ -54,127 +47,91 @@ class VisionFamily(Family):
             yield Site(name, module, block, container)
 
 
+def _none(network: Any) -> int:
+    return 0
+
+
+def _two(network: Any) -> int:
+    return 2
+
+
 def _class_and_registers(network: Any) -> int:
     return 1 + getattr(network.config, "num_register_tokens", 0)
 
 
-def _timm(network: Any) -> int:
+def _of_timm(network: Any) -> int:
     return int(network.num_prefix_tokens)
 
 
-TIMM_ATTN = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask")
-EVA_ATTN = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask", rope="rope")
-HF_ATTN = Part("attention", key_layer="k_proj", bias="attention_mask")
-ROPE_ATTN = Part("attention", key_layer="k_proj", bias="attention_mask", rope="position_embeddings")
-CLIP_ATTN = Part("self_attn", key_layer="k_proj", bias="attention_mask")
+def _of_torchvision(network: Any) -> int:
+    # SWAG's may pool all tokens instead of having a class token; torchvision's always has one.
+    return int(getattr(network, "classifier", "token") == "token")
 
-VIT_LAYER = Block("layernorm_before", HF_ATTN, middle="layernorm_after", end="dropout")
-DINO_LAYER = Block("norm1", HF_ATTN, middle="norm2", end="drop_path")
-DINOV3_LAYER = Block("norm1", ROPE_ATTN, middle="norm2", end="drop_path")
-CLIP_LAYER = Block("layer_norm1", CLIP_ATTN, middle="layer_norm2", end="mlp")
+
+TIMM = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask")
+EVA = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask", rope="rope")
+MULTIHEAD = Part("self_attention", tokens="query", bias="key_padding_mask")
+ATTENTION = Part("attention", key_layer="k_proj", bias="attention_mask")
+WITH_ROPE = Part("attention", key_layer="k_proj", bias="attention_mask", rope="position_embeddings")
+CLIP_ATTENTION = Part("self_attn", key_layer="k_proj", bias="attention_mask")
+VIT = Block("layernorm_before", ATTENTION, middle="layernorm_after", end="dropout")
+DINO = Block("norm1", ATTENTION, middle="norm2", end="drop_path")
+DINOV3 = Block("norm1", WITH_ROPE, middle="norm2", end="drop_path")
+CLIP = Block("layer_norm1", CLIP_ATTENTION, middle="layer_norm2", end="mlp")
 
 FAMILIES = (
     VisionFamily(
-        name="timm VisionTransformer",
-        package="timm",
-        networks=("VisionTransformer",),
-        path="blocks",
-        blocks={
-            "Block": Block("norm1", TIMM_ATTN, middle="norm2", end="drop_path2", tokens="x"),
+        "timm VisionTransformer",
+        ("VisionTransformer",),
+        {
+            "Block": Block("norm1", TIMM, middle="norm2", end="drop_path2", tokens="x"),
             # Here the norms come after attention and mlp.
-            "ResPostBlock": Block("attn", TIMM_ATTN, middle="mlp", end="drop_path2", tokens="x"),
+            "ResPostBlock": Block("attn", TIMM, middle="mlp", end="drop_path2", tokens="x"),
         },
-        prefix=_timm,
-    ),
-    VisionFamily(
-        name="timm Eva (EVA02, DINOv3)",
         package="timm",
-        networks=("Eva",),
         path="blocks",
-        blocks={
-            "EvaBlock": Block("norm1", EVA_ATTN, middle="norm2", end="drop_path2", tokens="x"),
-            "EvaBlockPostNorm": Block("attn", EVA_ATTN, middle="mlp", end="drop_path2", tokens="x"),
-        },
-        prefix=_timm,
+        prefix=_of_timm,
     ),
     VisionFamily(
-        name="torchvision or SWAG VisionTransformer",
+        "timm Eva (EVA02, DINOv3)",
+        ("Eva",),
+        {
+            "EvaBlock": Block("norm1", EVA, middle="norm2", end="drop_path2", tokens="x"),
+            "EvaBlockPostNorm": Block("attn", EVA, middle="mlp", end="drop_path2", tokens="x"),
+        },
+        package="timm",
+        path="blocks",
+        prefix=_of_timm,
+    ),
+    VisionFamily(
+        "torchvision or SWAG VisionTransformer",
+        ("VisionTransformer",),
+        {"EncoderBlock": Block("ln_1", MULTIHEAD, middle="ln_2", end="mlp", tokens="input")},
         package="swag",
-        networks=("VisionTransformer",),
-        path="encoder.layers",
-        blocks={
-            "EncoderBlock": Block(
-                "ln_1",
-                Part("self_attention", tokens="query", bias="key_padding_mask"),
-                middle="ln_2",
-                end="mlp",
-                tokens="input",
-            )
-        },
-        # SWAG's may pool all tokens instead of having a class token; torchvision's always has one.
-        prefix=lambda network: int(getattr(network, "classifier", "token") == "token"),
+        prefix=_of_torchvision,
+    ),
+    VisionFamily("transformers ViT", ("ViTModel",), {"ViTLayer": VIT}, path="layers"),
+    VisionFamily("transformers DeiT", ("DeiTModel",), {"DeiTLayer": VIT}, path="layers", prefix=_two),
+    VisionFamily(
+        "transformers ViTMAE", ("ViTMAEModel",), {"ViTMAELayer": VIT}, path="layers", prop_attn=False
     ),
     VisionFamily(
-        name="transformers ViT",
-        package="transformers",
-        networks=("ViTModel",),
-        path="layers",
-        blocks={"ViTLayer": VIT_LAYER},
-        prefix=lambda network: 1,
-    ),
-    VisionFamily(
-        name="transformers DeiT",
-        package="transformers",
-        networks=("DeiTModel",),
-        path="layers",
-        blocks={"DeiTLayer": VIT_LAYER},
-        prefix=lambda network: 2,
-    ),
-    VisionFamily(
-        name="transformers ViTMAE",
-        package="transformers",
-        networks=("ViTMAEModel",),
-        path="layers",
-        blocks={"ViTMAELayer": VIT_LAYER},
-        prefix=lambda network: 1,
-        prop_attn=False,
-    ),
-    VisionFamily(
-        name="transformers DINOv2",
-        package="transformers",
-        networks=(
-            "Dinov2Model",
-            "Dinov2Backbone",
-            "Dinov2WithRegistersModel",
-            "Dinov2WithRegistersBackbone",
-        ),
+        "transformers DINOv2",
+        ("Dinov2Model", "Dinov2Backbone", "Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
+        {"Dinov2Layer": DINO, "Dinov2WithRegistersLayer": DINO},
         path="encoder.layer",
-        blocks={"Dinov2Layer": DINO_LAYER, "Dinov2WithRegistersLayer": DINO_LAYER},
         prefix=_class_and_registers,
     ),
     VisionFamily(
-        name="transformers DINOv3",
-        package="transformers",
-        networks=("DINOv3ViTModel", "DINOv3ViTBackbone"),
+        "transformers DINOv3",
+        ("DINOv3ViTModel", "DINOv3ViTBackbone"),
+        {"DINOv3ViTLayer": DINOV3},
         path="model.layer",
-        blocks={"DINOv3ViTLayer": DINOV3_LAYER},
         prefix=_class_and_registers,
     ),
+    VisionFamily("transformers CLIP vision", ("CLIPVisionModel",), {"CLIPEncoderLayer": CLIP}),
     VisionFamily(
-        name="transformers CLIP vision",
-        package="transformers",
-        networks=("CLIPVisionModel",),
-        path="encoder.layers",
-        blocks={"CLIPEncoderLayer": CLIP_LAYER},
-        prefix=lambda network: 1,
-    ),
-    VisionFamily(
-        name="transformers SigLIP vision",
-        package="transformers",
-        networks=("SiglipVisionModel",),
-        path="encoder.layers",
-        blocks={"SiglipEncoderLayer": CLIP_LAYER},
-        prefix=lambda network: 0,
+        "transformers SigLIP vision", ("SiglipVisionModel",), {"SiglipEncoderLayer": CLIP}, prefix=_none
     ),
 )
 

@@ -14,93 +14,94 @@ from ..maths.token_map import TokenMap
 CACHES = ("pyramid_attention_broadcast", "faster_cache_block", "taylorseer_cache")
 
 
-class AttentionOfMerged:
-    """An attention of a block whose tokens merge: its arguments, and what has to be done to them.
+class PartHooks:
+    """A part of a block whose tokens merge or whose keys are sampled: its arguments, and its block's map.
 
-    Args:
-        kind: `"attn"` or `"cross"`.
-        method: what merges, for errors.
-        prop_attn: whether each key of self-attention counts as often as tokens have merged into it.
+    `kind` is `"attn"`, `"cross"` or `"mlp"`; `method` what to call the method in errors.
     """
 
     def __init__(
-        self, block: BlockHooks, module: nn.Module, kind: str, part: Part, method: str, prop_attn: bool
+        self,
+        block: BlockHooks,
+        module: nn.Module,
+        part: Part,
+        kind: str,
+        method: str,
+        prop_attn: bool = False,
     ) -> None:
+        self.block = block
         self.kind = kind
         self.method = method
-        self.prop_attn = prop_attn
+        self.prop_attn = prop_attn and kind == "attn"
         self.name = f"{block.name}.{part.path}"
+        self.output = part.output
         self.tokens = Argument(module, part.tokens, 0)
         self.keys = Argument(module, part.keys) if part.keys else None
         self.bias = Argument(module, part.bias) if part.bias else None
 
-    def check(self, module: nn.Module, kwargs: Kwargs) -> None:
-        """Refuses what merged tokens cannot be used with."""
-        refuse_caches(module, self.name, self.method)
-        if self.kind == "cross":
-            refuse_image_masks(kwargs.get("ip_adapter_masks"), self.method)
+    @property
+    def map(self) -> TokenMap:
+        token_map = self.block.own.get().map
+        if token_map is None:
+            raise RuntimeError(
+                f"tomesd: {self.name} was called without its block: call the whole network, or remove_patch "
+                "first"
+            )
+        return token_map
 
-    def merge_bias(self, token_map: TokenMap, x: Tensor, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """Merges what is added to the logits of keys that merge. `x`: the tokens of all, `[B, N, C]`."""
-        if self.kind != "attn" or self.bias is None or token_map.is_identity:
-            return args, kwargs
-        if self.keys is not None and self.keys.get(args, kwargs) is not None:
-            return args, kwargs
-        bias = bias_of_merged(self.name, self.bias.get(args, kwargs), x, token_map, self.prop_attn)
-        return (args, kwargs) if bias is None else self.bias.put(args, kwargs, bias)
-
-
-def bias_of_merged(
-    name: str, bias: Tensor | None, x: Tensor, token_map: TokenMap, prop_attn: bool
-) -> Tensor | None:
-    """What is added to the logits of keys that have merged, `[B, 1, M]` or `[B, M]`.
-
-    Args:
-        name: of the attention, for errors.
-        bias: what was given for all tokens, `[B, N]` or `[B, 1, N]`. Of merged tokens the least visible one
-            decides.
-        x: what attention was given for all tokens, `[B, N, C]`.
-        prop_attn: whether a key counts as often as tokens have merged into it (Bolya et al., 2023).
-    """
-    merged: Tensor | None = None
-    if bias is not None:
-        least = -token_map.merge(-mask_of_keys(name, bias, token_map).float(), "amax")
-        merged = least.to(bias.dtype).view(*bias.shape[:-1], token_map.groups)
-    if prop_attn:
-        sizes = key_bias(token_map.sizes, x.dtype)[:, 0].expand(x.shape[0], -1, -1)
-        merged = sizes if merged is None else sizes + merged.view(x.shape[0], 1, -1)
-    return merged
-
-
-def mask_of_keys(name: str, bias: Tensor, token_map: TokenMap) -> Tensor:
-    """A mask or bias of keys as `[B, N]`.
-
-    Raises:
-        ValueError: it is another one for each query.
-    """
-    if bias.shape[-1] != token_map.tokens or bias.dim() > 3 or (bias.dim() == 3 and bias.shape[1] != 1):
-        raise ValueError(
-            f"tomesd: {name} got a self-attention mask of shape {list(bias.shape)}; only masks of its "
-            f"keys, [B, {token_map.tokens}] or [B, 1, {token_map.tokens}], can be merged"
-        )
-    return bias.flatten(1)
-
-
-def refuse_caches(attn: nn.Module, name: str, method: str) -> None:
-    """Raises a ValueError if diffusers gives back an attention's output of another step."""
-    hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", {})
-    for cache in CACHES:
-        if cache in hooks:
+    def refuse(self, module: nn.Module, kwargs: Kwargs) -> None:
+        """Raises a ValueError for what merged tokens cannot be used with."""
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        for cache in CACHES:
+            if cache in hooks and self.kind != "mlp":
+                raise ValueError(
+                    f"tomesd: {self.name} is cached by diffusers' {cache}, which gives back the tokens of "
+                    f"another step: use either the cache or {self.method}"
+                )
+        if self.kind == "cross" and kwargs.get("ip_adapter_masks") is not None:
             raise ValueError(
-                f"tomesd: {name} is cached by diffusers' {cache}, which gives back the tokens of another "
-                f"step: use either the cache or {method}"
+                "tomesd: ip_adapter_masks belong to all tokens of the image and cannot be used with "
+                f"{self.method}: patch without it"
             )
 
+    def has_own_keys(self, args: Args, kwargs: Kwargs) -> bool:
+        """Whether keys are taken from other tokens already."""
+        return self.keys is not None and self.keys.get(args, kwargs) is not None
 
-def refuse_image_masks(masks: object, method: str) -> None:
-    """Raises a ValueError if an attention is given masks of the image for its IP-Adapters."""
-    if masks is not None:
-        raise ValueError(
-            f"tomesd: ip_adapter_masks belong to all tokens of the image and cannot be used with {method}: "
-            "patch without it"
-        )
+    def mask(self, args: Args, kwargs: Kwargs, token_map: TokenMap) -> Tensor | None:
+        """What is added to the logits of all keys, as `[B, N]`, if anything is."""
+        bias: Tensor | None = None if self.bias is None else self.bias.get(args, kwargs)
+        if bias is None:
+            return None
+        n = token_map.tokens
+        if bias.shape[-1] != n or bias.dim() > 3 or (bias.dim() == 3 and bias.shape[1] != 1):
+            raise ValueError(
+                f"tomesd: {self.name} got a self-attention mask of shape {list(bias.shape)}; only masks of "
+                f"its keys, [B, {n}] or [B, 1, {n}], can be merged"
+            )
+        return bias.flatten(1)
+
+    def put_mask(self, args: Args, kwargs: Kwargs, mask: Tensor) -> tuple[Args, Kwargs]:
+        """Gives a mask `[B, M]` of the keys that are left in the shape of the one of all keys."""
+        assert self.bias is not None
+        return self.bias.put(args, kwargs, mask.view(*self.bias.get(args, kwargs).shape[:-1], -1))
+
+    def merge_bias(self, token_map: TokenMap, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """Merges what is added to the logits of keys that merge, and weighs them by `prop_attn`.
+
+        Of a mask the least visible of merged tokens decides.
+        """
+        if self.kind != "attn" or token_map.is_identity or self.has_own_keys(args, kwargs):
+            return args, kwargs
+        mask = self.mask(args, kwargs, token_map)
+        if mask is not None:
+            least = -token_map.merge(-mask.float(), "amax")
+            args, kwargs = self.put_mask(args, kwargs, least.to(mask.dtype))
+        if self.prop_attn:
+            assert self.bias is not None
+            x = self.tokens.get(args, kwargs)
+            bias = key_bias(token_map.sizes, x.dtype)[:, 0].expand(x.shape[0], -1, -1)
+            if mask is not None:
+                bias = bias + self.bias.get(args, kwargs).view(x.shape[0], 1, -1)
+            args, kwargs = self.bias.put(args, kwargs, bias)
+        return args, kwargs

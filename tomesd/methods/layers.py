@@ -68,15 +68,10 @@ class MergeLayers:
 
 @dataclass(eq=False)
 class Forward:
-    """What is known of a network during one forward.
+    """What is known of a network during one forward."""
 
-    Args:
-        masked: whether attention may be given a mask of the caller's.
-        maps: which tokens were merged after each layer, where that is kept.
-    """
-
-    masked: bool = True
-    maps: list[TokenMap | None] = field(default_factory=list)
+    masked: bool = True  # whether attention may be given a mask of the caller's
+    maps: list[TokenMap | None] = field(default_factory=list)  # after each layer, where they are kept
 
 
 class LayersPatch(Patch):
@@ -87,10 +82,9 @@ class LayersPatch(Patch):
         self.model = model
         self.network = network.module
         self.name = str(network)
+        self.method = method
         self.trace_source = method.trace_source
         self.prop_attn = network.family.prop_attn if method.prop_attn is None else method.prop_attn
-        self.metric = method.metric
-        self.mode = method.mode
         self.protected = network.family.prefix(network.module)
         self.layers = len(network.sites)
         self.sequence_first = False
@@ -187,27 +181,16 @@ class LayersPatch(Patch):
 
 @dataclass(eq=False)
 class LayerCall:
-    """What is known of a block during one call of it.
+    """What is known of a block during one call of it."""
 
-    Args:
-        r: how many tokens are to merge.
-        inside: whether nobody looks at the tokens before the last block.
-        handed: the state of the tokens that the block itself was given.
-        before: which tokens the blocks before it have merged.
-        size: how many tokens each one stands for.
-        metric: what tokens are compared by, if not by themselves.
-        map: which tokens merge here.
-        gain: what merging changed in those that survive.
-    """
-
-    r: int = 0
-    inside: bool = False
-    handed: State | None = None
-    before: TokenMap | None = None
-    size: Tensor | None = None
-    metric: Tensor | None = None
-    map: TokenMap | None = None
-    gain: Tensor | None = None
+    r: int = 0  # how many tokens are to merge
+    inside: bool = False  # whether nobody looks at the tokens before the last block
+    handed: State | None = None  # of the tokens that the block itself was given
+    before: TokenMap | None = None  # which tokens the blocks before it have merged
+    size: Tensor | None = None  # how many tokens each one stands for
+    metric: Tensor | None = None  # what tokens are compared by, if not by themselves
+    map: TokenMap | None = None  # which tokens merge here
+    gain: Tensor | None = None  # what merging changed in those that survive
 
 
 class LayerHooks:
@@ -337,7 +320,7 @@ class LayerHooks:
         with torch.autocast(x.device.type, enabled=False):
             token_map = match_exact(metric.float(), partition, r)
         size = None if own.size is None else own.size.expand(x.shape[0], -1)
-        merged = token_map.merge(x, patch.mode, size)
+        merged = token_map.merge(x, patch.method.mode, size)
         own.map, own.gain = token_map, merged - token_map.merge(x, "drop")
         return (patch.turned(merged), *args[1:]), kwargs
 
@@ -367,7 +350,7 @@ class LayerHooks:
 
     @property
     def _needs_keys(self) -> bool:
-        return self.own.get().r > 0 and self.patch.metric == "keys"
+        return self.own.get().r > 0 and self.patch.method.metric == "keys"
 
 
 def _state(x: Tensor, where: str) -> tuple[TokenMap | None, bool]:

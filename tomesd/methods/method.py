@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..hosts.family import Site
 from ..hosts.hooks import Patch
-from ..hosts.image import BlockHooks, Image, Plan
+from ..hosts.image import BlockHooks, Image
 from ..maths.token_map import TokenMap
 from .cost import Work
 
@@ -31,13 +31,9 @@ class Method:
 
     def __repr__(self) -> str:
         """The options that differ from the defaults: `Merge(0.5, prop_attn=True)`."""
-        ratio, *others = fields(self)
-        shown = [f"{getattr(self, ratio.name):g}"]
-        for option in others:
-            value = getattr(self, option.name)
-            if value != option.default:
-                shown.append(f"{option.name}={value!r}")
-        return f"{type(self).__name__}({', '.join(shown)})"
+        given = {option.name: getattr(self, option.name) for option in fields(self)}
+        changed = [f"{o.name}={given[o.name]!r}" for o in fields(self)[1:] if given[o.name] != o.default]
+        return f"{type(self).__name__}({', '.join([repr(self.ratio), *changed])})"
 
     def to_dict(self) -> dict[str, Any]:
         """The method as plain JSON, for `Method.from_dict`."""
@@ -76,25 +72,14 @@ class Method:
         raise NotImplementedError
 
     def check(self, network: str, sites: Sequence[Site], container: Sequence[Site]) -> None:
-        """Raises a ValueError if the `sites` chosen of a `container` cannot be patched.
-
-        Args:
-            network: what to call the network in the error.
-            sites: those blocks of a container that this method is to patch.
-            container: all of its blocks.
-        """
+        """Raises a ValueError if the `sites` chosen of all blocks of a `container` cannot be patched."""
 
     def groups(self, sites: Sequence[Site]) -> list[Sequence[Site]]:
         """Which of the chosen blocks of a container share one plan: by default each has its own."""
         return [[site] for site in sites]
 
-    def attach(self, blocks: Mapping[Site, BlockHooks], patch: Patch, plan: Plan) -> None:
-        """Registers what this method does at blocks that share a plan.
-
-        Args:
-            blocks: the blocks, and what is known of each while it runs.
-            plan: `self.plan`, or what decides whether to plan at all.
-        """
+    def attach(self, blocks: Mapping[Site, BlockHooks], patch: Patch) -> None:
+        """Registers what this method does at blocks that share a plan."""
         raise NotImplementedError
 
     def plan(self, x: Tensor, image: Image) -> TokenMap:

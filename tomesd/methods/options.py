@@ -45,25 +45,22 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> str:
     return value
 
 
-def share(name: str, value: Any, below_1: bool = False) -> float:
-    """A share of the tokens: from 0 to 1, with `below_1` not 1 itself."""
-    ratio = number(name, value)
-    if not 0 <= ratio <= 1 or (below_1 and ratio == 1):
-        limits = "[0, 1)" if below_1 else "[0, 1]"
-        raise ValueError(f"{name} must be in {limits}, the share of tokens to merge, got {ratio:g}")
+def share(value: Any, limits: str) -> float:
+    """A ratio, within the limits `"[0, 1]"` or `"[0, 1)"`."""
+    ratio = number("ratio", value)
+    if not 0 <= ratio <= 1 or (limits.endswith(")") and ratio == 1):
+        raise ValueError(f"ratio must be in {limits}, the share of tokens to merge, got {ratio:g}")
     return ratio
 
 
-def capped_share(name: str, value: Any, sx: int, sy: int) -> float:
-    """A share of the tokens to merge, at most what one dst in each cell of `sx` x `sy` tokens allows."""
-    ratio, most = share(name, value), 1 - 1 / (sx * sy)
-    if ratio <= most:
-        return ratio
-    # The line to show is that of whoever made the method or called apply_patch.
-    warnings.warn(
-        f"{name} {ratio:g} is above {most:g}, the most that one dst in each {sx} x {sy} cell allows "
-        f"(1 - 1 / (sx * sy)): {most:g} of the tokens merge. Larger sx or sy allow more",
-        UserWarning,
-        stacklevel=5,
-    )
-    return most
+def capped_share(value: Any, sx: int, sy: int) -> float:
+    """A ratio, at most what one dst in each cell of `sx` x `sy` tokens allows."""
+    ratio, most = share(value, "[0, 1]"), 1 - 1 / (sx * sy)
+    if ratio > most:
+        warnings.warn(
+            f"ratio {ratio:g} is above {most:g}, the most that one dst in each {sx} x {sy} cell allows "
+            f"(1 - 1 / (sx * sy)): {most:g} of the tokens merge. Larger sx or sy allow more",
+            UserWarning,
+            stacklevel=5,  # whoever makes the method
+        )
+    return min(ratio, most)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..hosts.family import Part, Site
-from ..hosts.hooks import Args, Argument, Kwargs, Patch
-from ..hosts.image import BlockHooks, Image, Plan
+from ..hosts.family import Site
+from ..hosts.hooks import Args, Kwargs, Patch
+from ..hosts.image import BlockHooks, Image
 from ..maths.sampling import sample_size, sample_tokens
 from ..maths.token_map import TokenMap
 from . import options
-from .attention import mask_of_keys
+from .attention import PartHooks
 from .cost import Work, work_of
 from .method import Method
 
@@ -45,7 +45,7 @@ class SampleKeys(Method):
 
     def __post_init__(self) -> None:
         self._set(
-            ratio=options.share("ratio", self.ratio, below_1=True),
+            ratio=options.share(self.ratio, "[0, 1)"),
             seed=options.integer_or_none("seed", self.seed),
         )
 
@@ -63,12 +63,11 @@ class SampleKeys(Method):
                 "it others: use Merge"
             )
 
-    def attach(self, blocks: Mapping[Site, BlockHooks], patch: Patch, plan: Plan) -> None:
+    def attach(self, blocks: Mapping[Site, BlockHooks], patch: Patch) -> None:
         for site, block in blocks.items():
-            block.keep_input(site)
-            attn = site.part("attn")
-            assert attn is not None
-            patch.before(attn, Sampled(block, plan, attn, site.block.attn).enter)
+            block.plan_at_attention(site)
+            attn = site.module.get_submodule(site.block.attn.path)
+            patch.before(attn, SampledKeys(block, attn, site.block.attn, "attn", "SampleKeys").enter)
 
     def plan(self, x: Tensor, image: Image) -> TokenMap:
         left = self.left(image.h, image.w)
@@ -89,32 +88,19 @@ class SampleKeys(Method):
         return work_of(sites, ("attn",), queries="all", merges=0)
 
 
-class Sampled:
+class SampledKeys(PartHooks):
     """One self-attention that takes keys and values from a sample of its tokens."""
 
-    def __init__(self, block: BlockHooks, plan: Plan, attn: nn.Module, part: Part) -> None:
-        assert part.keys is not None
-        self.block = block
-        self.plan = plan
-        self.name = f"{block.name}.{part.path}"
-        self.tokens = Argument(attn, part.tokens, 0)
-        self.keys = Argument(attn, part.keys)
-        self.bias = Argument(attn, part.bias) if part.bias else None
-
     def enter(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        own = self.block.own.get()
-        block_input, own.x = own.x, None
-        sample = self.block.make_plan(self.plan, block_input, own.call)
-        if sample.is_identity or self.keys.get(args, kwargs) is not None:
+        sample = self.map
+        if sample.is_identity or self.keys is None or self.has_own_keys(args, kwargs):
             return args, kwargs
         if "Fused" in type(getattr(attn, "processor", None)).__name__:
             raise ValueError(
                 f"tomesd: {self.name} computes queries, keys and values in one layer, which SampleKeys "
                 "cannot tell apart: call unfuse_qkv_projections() first"
             )
-        x = self.tokens.get(args, kwargs)
-        bias = None if self.bias is None else self.bias.get(args, kwargs)
-        if self.bias is not None and bias is not None:
-            mask = sample.merge(mask_of_keys(self.name, bias, sample), "drop")
-            args, kwargs = self.bias.put(args, kwargs, mask.view(*bias.shape[:-1], sample.groups))
-        return self.keys.put(args, kwargs, sample.merge(x, "drop"))
+        mask = self.mask(args, kwargs, sample)
+        if mask is not None:
+            args, kwargs = self.put_mask(args, kwargs, sample.merge(mask, "drop"))
+        return self.keys.put(args, kwargs, sample.merge(self.tokens.get(args, kwargs), "drop"))

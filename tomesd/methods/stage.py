@@ -9,20 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..hosts.family import Part, Site
+from ..hosts.family import Site
 from ..hosts.hooks import Args, Kwargs, Patch
-from ..hosts.image import BlockHooks, Call, Image, Plan
-from ..maths.grid import Grid
+from ..hosts.image import BlockHooks, Call
 from ..maths.token_map import TokenMap
-from . import options
-from .attention import AttentionOfMerged
+from .attention import PartHooks
 from .cost import Work, work_of
-from .merge import PARTS, checked_matching, match, need_bias
-from .method import Method
+from .merge import PARTS, Matched
 
 
 @dataclass(frozen=True, repr=False)
-class MergeStage(Method):
+class MergeStage(Matched):
     """Merges once for each transformer (`Transformer2DModel`) and runs all its blocks on merged tokens.
 
     The fastest method. Of merged tokens `m` the blocks make `f(m)`; a token `x` becomes
@@ -47,12 +44,6 @@ class MergeStage(Method):
     matching: Literal["windowed", "exact"] = "windowed"
     prop_attn: bool = False
 
-    def __post_init__(self) -> None:
-        self._set(
-            **checked_matching(self.ratio, self.sx, self.sy, self.seed, self.matching),
-            prop_attn=options.boolean("prop_attn", self.prop_attn),
-        )
-
     def why_skipped(self, site: Site) -> str | None:
         return None
 
@@ -63,29 +54,22 @@ class MergeStage(Method):
                 f"MergeStage runs all blocks of a transformer on the same merged tokens, but in {network} "
                 f"{', '.join(names)} of one would be left out: take all of its blocks, or Merge"
             )
-        if self.prop_attn:
-            need_bias(network, sites)
+        super().check(network, sites, container)
 
     def groups(self, sites: Sequence[Site]) -> list[Sequence[Site]]:
         return [sites]
 
-    def attach(self, blocks: Mapping[Site, BlockHooks], patch: Patch, plan: Plan) -> None:
+    def attach(self, blocks: Mapping[Site, BlockHooks], patch: Patch) -> None:
         sites = list(blocks)
-        first, last = sites[0], sites[-1]
-        patch.before(first.module, StageStart(blocks[first], plan).enter)
+        stage = Stage(blocks[sites[0]], blocks[sites[-1]])
+        patch.before(sites[0].module, stage.enter)
         for site, block in blocks.items():
-            for name in ("attn", "cross"):
-                module, part = site.part(name), site.block.parts.get(name)
+            for kind in ("attn", "cross"):
+                module, part = site.part(kind), site.block.parts.get(kind)
                 if module is not None and part is not None:
-                    inside = StagedAttention(block, module, name, part, name == "attn" and self.prop_attn)
+                    inside = StagedAttention(block, module, part, kind, "MergeStage", self.prop_attn)
                     patch.before(module, inside.enter)
-        patch.after(last.module, StageEnd(blocks[last]).leave)
-
-    def plan(self, x: Tensor, image: Image) -> TokenMap:
-        return match(x, image, self.ratio, self.sx, self.sy, self.seed, self.matching)
-
-    def left(self, h: int, w: int) -> int:
-        return h * w - Grid(h, w, self.sy, self.sx).r(self.ratio)
+        patch.after(sites[-1].module, stage.leave)
 
     def work(self, sites: Sequence[Site]) -> Work:
         return work_of(sites, PARTS)
@@ -100,31 +84,24 @@ class Kept:
     merged: Tensor
 
 
-class StageStart:
-    """Merges the tokens that the first block of a transformer is given."""
+class Stage:
+    """Merges before the first block of a transformer; after the last each token gains what its group has."""
 
-    def __init__(self, block: BlockHooks, plan: Plan) -> None:
-        self.block = block
-        self.plan = plan
+    def __init__(self, first: BlockHooks, last: BlockHooks) -> None:
+        self.first = first
+        self.last = last
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call = self.block.call_of(args, kwargs)
-        x = self.block.tokens.get(args, kwargs)
-        token_map = self.block.make_plan(self.plan, x, call)
+        call = self.first.call_of(args, kwargs)
+        x = self.first.tokens.get(args, kwargs)
+        token_map = self.first.make_plan(x, call)
         assert call is not None  # or there would have been no plan
         kept = call.kept = Kept(x, token_map, token_map.merge(x))
-        return self.block.tokens.put(args, kwargs, kept.merged)
-
-
-class StageEnd:
-    """Gives every token what its group has gained in all blocks, after the last one."""
-
-    def __init__(self, block: BlockHooks) -> None:
-        self.block = block
+        return self.first.tokens.put(args, kwargs, kept.merged)
 
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
-        call = self.block.call_of(args, kwargs)
-        kept = kept_by(self.block, call)
+        call = self.last.call_of(args, kwargs)
+        kept = kept_by(self.last, call)
         if call is not None and not torch.is_grad_enabled():
             call.kept = None  # checkpointing alone may need it again
         if kept.map.is_identity:
@@ -132,20 +109,15 @@ class StageEnd:
         return kept.x + kept.map.unmerge(output - kept.merged)
 
 
-class StagedAttention(AttentionOfMerged):
+class StagedAttention(PartHooks):
     """An attention inside of a stage: what belongs to all tokens is merged as they are, or refused."""
 
-    def __init__(self, block: BlockHooks, module: nn.Module, kind: str, part: Part, prop_attn: bool) -> None:
-        super().__init__(block, module, kind, part, "MergeStage", prop_attn)
-        self.block = block
-
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        self.check(module, kwargs)
-        given = None if self.bias is None else self.bias.get(args, kwargs)
-        if self.kind != "attn" or (given is None and not self.prop_attn):
+        self.refuse(module, kwargs)
+        given = self.bias is not None and self.bias.get(args, kwargs) is not None
+        if self.kind != "attn" or not (given or self.prop_attn):
             return args, kwargs
-        token_map = kept_by(self.block, self.block.own.get().call).map
-        return self.merge_bias(token_map, self.tokens.get(args, kwargs), args, kwargs)
+        return self.merge_bias(kept_by(self.block, self.block.own.get().call).map, args, kwargs)
 
 
 def kept_by(block: BlockHooks, call: Call | None) -> Kept:
