@@ -6,7 +6,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -14,10 +13,10 @@ from torch import nn
 
 from .hosts.family import Site
 from .hosts.hooks import OWNER, Patch, patch_of, recompile
-from .hosts.image import BlockHooks, ContainerHooks, NetworkHooks
+from .hosts.image import BlockHooks, ContainerHooks, NetworkHooks, Plan
 from .hosts.unets import find_networks
 from .methods import cost, options
-from .methods.choice import ByKey, Choice, Chosen, ImageNetwork, UpTo
+from .methods.choice import ByKey, Chosen, ImageNetwork, UpTo
 from .methods.cost import PlanIfItPays
 from .methods.merge import Merge
 from .methods.method import Method
@@ -89,7 +88,7 @@ def apply_patch(
         kinds = ", ".join(type(network.module).__name__ for network in chosen)
         raise ValueError(f"nothing to merge: no transformer blocks in {kinds}")
     choice.check(chosen)
-    _put([Target(network, methods, auto) for network, methods in chosen.items()])
+    _put([(network, methods, auto) for network, methods in chosen.items()])
     return model
 
 
@@ -100,8 +99,7 @@ def remove_patch(model: Model) -> Model:
         TypeError: the model is neither module nor pipeline.
         ValueError: it holds no network of a known family.
     """
-    removed = [_detach(network.module) for network in find_networks(model)]
-    if any(removed):
+    if sum(_detach(network.module) for network in find_networks(model)):
         recompile()
     return model
 
@@ -119,7 +117,7 @@ def _as_context(apply: Callable[P, Model]) -> Callable[P, AbstractContextManager
             yield model
         finally:
             remove_patch(model)
-            _put([Target(network, patch.chosen, patch.auto) for network, patch in before if patch])
+            _put([(network, patch.chosen, patch.auto) for network, patch in before if patch])
 
     patched.__doc__ = """Patches a model inside of a `with` block, and leaves it after as it was before.
 
@@ -137,75 +135,54 @@ def _as_context(apply: Callable[P, Model]) -> Callable[P, AbstractContextManager
 patched = _as_context(apply_patch)
 
 
-@dataclass(frozen=True, eq=False)
-class Target:
-    """What is to be done to a network: the method of each block, or why it has none."""
-
-    network: ImageNetwork
-    chosen: Chosen
-    auto: bool
-
-    def containers(self) -> Iterator[tuple[list[Site], dict[Method, list[Site]]]]:
-        """The blocks of each container in which some have a method, and those of each method."""
-        sites = self.network.sites
-        for container in dict.fromkeys(site.container for site in sites):
-            inside = [site for site in sites if site.container is container]
-            by_method: dict[Method, list[Site]] = {}
-            for site in inside:
-                method = self.chosen[site.name]
-                if isinstance(method, Method):
-                    by_method.setdefault(method, []).append(site)
-            if by_method:
-                yield inside, by_method
-
-
 class NetworkPatch(Patch):
-    """All that tomesd holds on one network that draws images. As its hooks, it holds no module.
-
-    Args:
-        chosen: the method of each block, or the reason why it has none.
-        auto: whether blocks are left alone where their method would be slower.
-    """
+    """All that tomesd holds on one network that draws images. As its hooks, it holds no module."""
 
     def __init__(self, chosen: Chosen, auto: bool) -> None:
         super().__init__()
         self.chosen = chosen
         self.auto = auto
+        self.plans: dict[str, Plan] = {}  # the planner of each block that has a method
 
-    def attach(self, target: Target) -> None:
-        """Registers the hooks of all methods."""
-        family, network = target.network.family, target.network.module
-        hooks = NetworkHooks(self, network, family)
-        for sites, by_method in target.containers():
-            container = ContainerHooks(self, hooks, sites[0].container, family, sites)
-            blocks = {site: BlockHooks(self, container, site, family) for site in sites}
-            for method, own in by_method.items():
+    def attach(self, network: ImageNetwork) -> None:
+        """Registers the hooks of all methods; a ValueError if one cannot be had there."""
+        hooks = NetworkHooks(self, network.module, network.family)
+        for container in dict.fromkeys(site.container for site in network.sites):
+            sites = [site for site in network.sites if site.container is container]
+            methods = dict.fromkeys(self.chosen[site.name] for site in sites if self._has_method(site))
+            if not methods:
+                continue
+            inside = ContainerHooks(self, hooks, container, network.family, sites)
+            blocks = {site: BlockHooks(self, inside, site, network.family) for site in sites}
+            for method in methods:
+                assert isinstance(method, Method)
+                own = [site for site in sites if self.chosen[site.name] == method]
+                method.check(str(network), own, sites)
                 for group in method.groups(own):
-                    plan = PlanIfItPays(method, method.work(group)) if target.auto else method.plan
+                    plan = PlanIfItPays(method, method.work(group)) if self.auto else method.plan
                     for site in group:
-                        blocks[site].plan = plan
+                        blocks[site].plan = self.plans[site.name] = plan
                     method.attach({site: blocks[site] for site in group}, self)
 
+    def _has_method(self, site: Site) -> bool:
+        return isinstance(self.chosen[site.name], Method)
 
-def _put(targets: Sequence[Target]) -> None:
+
+def _put(wanted: Sequence[tuple[ImageNetwork, Chosen, bool]]) -> None:
     """Patches networks in place of what is on them: all of them or, if there is an error, none."""
-    for target in targets:
-        for sites, by_method in target.containers():
-            for method, own in by_method.items():
-                method.check(str(target.network), own, sites)
-    patches = [NetworkPatch(target.chosen, target.auto) for target in targets]
+    patches = [(network.module, NetworkPatch(chosen, auto)) for network, chosen, auto in wanted]
     try:
-        for patch, target in zip(patches, targets, strict=True):
-            if any(True for _ in target.containers()):
-                patch.attach(target)
+        for (_, patch), (network, chosen, _) in zip(patches, wanted, strict=True):
+            if any(isinstance(method, Method) for method in chosen.values()):
+                patch.attach(network)
     except BaseException:
-        for patch in patches:
+        for _, patch in patches:
             patch.remove()
         raise
-    for patch, target in zip(patches, targets, strict=True):
-        _detach(target.network.module)
+    for module, patch in patches:
+        _detach(module)
         if patch.handles:
-            setattr(target.network.module, OWNER, patch)
+            setattr(module, OWNER, patch)
     # Compiled programs take the answer as a constant. Marked here, as marking it loads torch._dynamo.
     torch.compiler.assume_constant_result(cost.pays)
     recompile()
@@ -221,7 +198,7 @@ def _detach(network: nn.Module) -> bool:
     return True
 
 
-def _choice(given: Any, max_downsample: Any, legacy: dict[str, Any]) -> Choice:
+def _choice(given: Any, max_downsample: Any, legacy: dict[str, Any]) -> UpTo | ByKey:
     """What the first arguments of `apply_patch` ask for. `legacy`: the other options of tomesd 0.1.3."""
     if not isinstance(given, Method | Mapping):
         return UpTo(_merge(given, **legacy), max_downsample)

@@ -72,18 +72,18 @@ class Sliced:
         return torch.cat([y] * times + [y[:, :rest]], dim=1)
 
 
-class IdealMerge(Merge):
+class IdealMerge(Merge, known=False):
     """What Merge could save at best."""
 
     def plan(self, x: Tensor, image: Image) -> Any:
-        return Sliced(x.shape[1], image.n - self.left(image.h, image.w))
+        return Sliced(x.shape[1], image.h * image.w - self.left(image.h, image.w))
 
 
-class IdealStage(MergeStage):
+class IdealStage(MergeStage, known=False):
     """What MergeStage could save at best."""
 
     def plan(self, x: Tensor, image: Image) -> Any:
-        return Sliced(x.shape[1], image.n - self.left(image.h, image.w))
+        return Sliced(x.shape[1], image.h * image.w - self.left(image.h, image.w))
 
 
 def patch_block(block: Block, method: Method, h: int, w: int) -> None:

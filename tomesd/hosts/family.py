@@ -26,8 +26,7 @@ class Part:
     bias: str | None = None  # the parameter that is added to the logits of each key
     rope: str | None = None  # the parameter that holds rotary embeddings of the tokens
     key_layer: str | None = None  # the module in it that returns [B, heads, N, D] or [B, N, heads * D] keys
-    # Whether it takes its keys from the text, or an attribute of the block (`"attn1.is_cross_attention"`) that
-    # says so.
+    # Whether it has the keys of the text, or the path of an attribute of the block that says so.
     sees_text: bool | str = False
 
 
@@ -39,9 +38,7 @@ class Block:
     attn: Part
     cross: Part | None = None
     mlp: Part | None = None
-    middle: str | None = (
-        None  # the module that is given the tokens after attention, where those of ViTs merge
-    )
+    middle: str | None = None  # the module that is given the tokens after attention, where ViTs merge
     end: str | None = None  # the last module that sees what the second half adds to the tokens
     tokens: str = "hidden_states"  # the parameter of the block's own forward that is the tokens
 

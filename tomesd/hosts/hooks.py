@@ -24,8 +24,8 @@ OWNER = "_tomesd"
 class Argument:
     """A parameter of a module's forward, which callers may pass by position or by keyword.
 
-    `position` is where families have it, for a forward that does not name it. Without it, a ValueError says that
-    there is no such parameter.
+    `position` is where families have it, for a forward that does not name it. Without one, a ValueError says
+    that there is no such parameter.
     """
 
     def __init__(self, module: nn.Module, name: str, position: int | None = None) -> None:
@@ -87,10 +87,7 @@ class Listener(Protocol):
 
 
 class Patch:
-    """All that tomesd holds on one network: hooks, and who listens to what they plan.
-
-    Hooks are bound methods of module-level classes, so that deepcopy and pickle take them along.
-    """
+    """All that tomesd holds on one network: hooks, bound methods that copies take along, and who listens."""
 
     def __init__(self) -> None:
         self.handles: list[RemovableHandle] = []

@@ -37,11 +37,6 @@ class Image:
     tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # of `always`
     shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # of `once`
 
-    @property
-    def n(self) -> int:
-        """Number of tokens."""
-        return self.h * self.w
-
     def fits(self, h: int, w: int, batch: int, device: torch.device) -> bool:
         """Whether this is an image of that size, for so many samples."""
         rows = self.timestep.numel() if isinstance(self.timestep, Tensor) else 1
@@ -153,21 +148,15 @@ class NetworkHooks:
 
     def image(self, level: int, h: int, w: int, x: Tensor, step: Step | None = None) -> Image:
         """The image of `h` x `w` tokens of a level, for a batch `x` `[B, C, ...]` of them."""
-        # Containers may be called by themselves.
-        step = step or self.own.get().step or self.last or Step()
+        step = step or self.own.get().step or self.last or Step()  # containers may be called alone
         image = step.images.get(level)
         if image is None or not image.fits(h, w, x.shape[0], x.device):
-            timestep = _one_per_sample(step.timestep, x.shape[0])
+            timestep = step.timestep
+            if isinstance(timestep, Tensor) and timestep.numel() > 1:  # a video's frames have their sample's
+                each, rest = divmod(x.shape[0], timestep.numel())
+                timestep = timestep.flatten()[:1] if rest else timestep.flatten().repeat_interleave(each)
             image = step.images[level] = Image(h, w, timestep, x.device, 2**level, self.tables)
         return image
-
-
-def _one_per_sample(timestep: Tensor | float, batch: int) -> Tensor | float:
-    """One timestep for all samples of a batch, or one each: a video's frames all have their sample's."""
-    if not isinstance(timestep, Tensor) or timestep.numel() == 1:
-        return timestep
-    each, rest = divmod(batch, timestep.numel())
-    return timestep.flatten()[:1] if rest else timestep.flatten().repeat_interleave(each)
 
 
 class ContainerHooks:
@@ -289,7 +278,7 @@ class BlockHooks:
     def make_plan(self, x: Tensor | None, call: Call | None) -> TokenMap:
         """Plans what to merge of the tokens `x` `[B, N, C]` of this block, and tells who listens."""
         image = None if call is None else call.image
-        if x is None or image is None or x.shape[1] != image.n:
+        if x is None or image is None or x.shape[1] != image.h * image.w:
             tokens = "no tokens" if x is None else f"{x.shape[1]} tokens"
             seen = "no image" if image is None else f"an image of {image.h} x {image.w}"
             raise RuntimeError(

@@ -15,13 +15,11 @@ class ImageFamily(Family):
     """A family of networks whose blocks run on the tokens of an image. Parameters are those of forwards."""
 
     timestep: str = "timestep"  # the network's parameter
-    clock: tuple[
-        str, ...
-    ] = ()  # modules, of which it has one, that are given the timesteps early in its forward
+    clock: tuple[str, ...] = ()  # modules, of which it has one, that are given the timesteps early on
     last: tuple[str, ...] = ()  # modules, of which it has one, that run after all blocks
     # Attributes of the network that hold its blocks, in the order of the forward pass.
     stages: tuple[str, ...] = ("down_blocks", "mid_block", "up_blocks")
-    # Classes that take an image [B, C, h, w] and run blocks on its tokens; the network itself if there are none.
+    # Classes that take an image [B, C, h, w] and run blocks on its tokens; without, the network itself does.
     containers: tuple[str, ...] = ()
     image: str = "hidden_states"  # the container's parameter that is this image
     patch_size: str | None = (
@@ -48,19 +46,14 @@ class ImageFamily(Family):
                 if child is None:
                     continue
                 modules = list(child.named_modules(prefix=path))
-                if not self.containers:
-                    yield from self._blocks(path, child, network, level)
-                for name, container in modules:
-                    if is_named(container, self.containers):
-                        yield from self._blocks(name, container, container, level)
+                runners = [(n, m, m) for n, m in modules if is_named(m, self.containers)]
+                for name, within, container in runners if self.containers else [(path, child, network)]:
+                    for place, module in within.named_modules(prefix=name):
+                        block = self.block(module)
+                        if block is not None:
+                            yield Site(place, module, block, container, level)
                 level += any(is_named(module, self.down) for _, module in modules)
                 level -= any(is_named(module, self.up) for _, module in modules)
-
-    def _blocks(self, path: str, within: nn.Module, container: nn.Module, level: int) -> Iterator[Site]:
-        for name, module in within.named_modules(prefix=path):
-            block = self.block(module)
-            if block is not None:
-                yield Site(name, module, block, container, level)
 
 
 CLOCK = ("time_proj", "base_time_proj")

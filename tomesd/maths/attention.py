@@ -22,14 +22,9 @@ ALIGNMENT = 8
 
 
 def take_rope(rope: Any, keep: Tensor) -> Any:
-    """The rotary embeddings of some of the tokens.
+    """The rotary embeddings `[B, heads or 1, K, D]` of the tokens `keep`, int64 `[B or 1, K]`.
 
-    Args:
-        rope: `[P, D]`, `[heads, P, D]` or `[B or 1, heads or 1, P, D]`, or a tuple of such, or None.
-        keep: positions of these tokens, int64 `[B or 1, K]`.
-
-    Returns:
-        `[B, heads or 1, K, D]`, or a tuple of such, or None.
+    Of all tokens: `[P, D]`, `[heads, P, D]` or `[B or 1, heads or 1, P, D]`, a tuple of such, or None.
     """
     if isinstance(rope, tuple):
         return tuple(take_rope(part, keep) for part in rope)
@@ -97,11 +92,7 @@ def biased_attention(
 ) -> Tensor:
     """`scaled_dot_product_attention` with a bias for each key, by a kernel that has none.
 
-    Args:
-        query: `[B, heads, L, D]`.
-        key: `[B, heads, N, D]`.
-        value: `[B, heads, N, D]`.
-        bias: added to the logits of each key, `[B, 1 or heads, 1, N]`.
+    The query is `[B, heads, L, D]`, key and value `[B, heads, N, D]`, the bias `[B, 1 or heads, 1, N]`.
     """
     d, dv = query.shape[-1], value.shape[-1]
     scale = d**-0.5 if scale is None else scale

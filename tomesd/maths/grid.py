@@ -19,14 +19,10 @@ class Partition:
 
     Tokens in neither list are protected: they never merge. The leading dimension is 1 where all samples
     share the partition, else B.
-
-    Args:
-        src: int64 `[1 or B, S]`.
-        dst: int64 `[1 or B, D]`.
     """
 
-    src: Tensor
-    dst: Tensor
+    src: Tensor  # int64 [1 or B, S]
+    dst: Tensor  # int64 [1 or B, D]
 
 
 def alternate(n: int, protected: int = 0, device: torch.device | None = None) -> Partition:

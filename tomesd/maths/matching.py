@@ -20,18 +20,12 @@ class Windows:
     """The windows of an image, all of one shape: `L` tokens and `K` cells each.
 
     Where the image is no multiple of them, the last ones of a row or column overlap their neighbours.
-
-    Args:
-        tokens: position of each token, int64 `[windows, L]`.
-        cells: number of each cell, int64 `[windows, K]`.
-        slot: where in `tokens` each token of the image is to be looked up, int64 `[N]`.
-        first: the place in `cells` at which the window of this slot begins, int64 `[N]`.
     """
 
-    tokens: Tensor
-    cells: Tensor
-    slot: Tensor
-    first: Tensor
+    tokens: Tensor  # position of each token, int64 [windows, L]
+    cells: Tensor  # number of each cell, int64 [windows, K]
+    slot: Tensor  # where in `tokens` each token of the image is to be looked up, int64 [N]
+    first: Tensor  # the place in `cells` at which the window of this slot begins, int64 [N]
 
     @classmethod
     def of(cls, grid: Grid, side: int = 16, device: torch.device | None = None) -> Windows:
@@ -52,11 +46,7 @@ class Windows:
 
 @torch.no_grad()
 def match_exact(
-    metric: Tensor,
-    partition: Partition,
-    r: int,
-    ids: Tensor | None = None,
-    padding: int | None = None,
+    metric: Tensor, partition: Partition, r: int, ids: Tensor | None = None, padding: int | None = None
 ) -> TokenMap:
     """Merges the `r` src tokens most similar to their most similar dst into it (Bolya et al., 2023).
 
@@ -157,8 +147,8 @@ def _score(value: Tensor, norm: Tensor, bad: Tensor) -> Tensor:
 class _Axis:
     """The windows along one axis of the image.
 
-    The last window is moved inwards to fit, and each reaches as far past its cells as the image does past
-    its last one: so all have one shape, and tokens outside of whole cells have dst to join as well.
+    The last one is moved inwards to fit, and each reaches as far past its cells as the image does past its
+    last one: so all have one shape, and all tokens have dst to join.
     """
 
     def __init__(self, length: int, stride: int, cells: int, side: int, device: torch.device | None) -> None:

@@ -19,14 +19,9 @@ def sample_tokens(
 ) -> TokenMap:
     """The map that keeps a random sample of `left` of the tokens of an image, spread evenly.
 
-    The image is cut into cells as large as leave every cell at least one token: each keeps as many as every
-    other, give or take one, while it has any; which ones is random.
-
-    Args:
-        h: height of the image in tokens.
-        w: width of the image in tokens.
-        left: how many tokens stay, from 1 to h * w.
-        seed, timestep: as for `cell_offsets`.
+    The image of `h` x `w` tokens is cut into cells as large as leave each at least one: it keeps as many as
+    every other, give or take one, while it has any; which ones is random, by `seed` and `timestep` as for
+    `cell_offsets`.
     """
     n = h * w
     if left == n:
@@ -38,19 +33,11 @@ def sample_tokens(
 
 
 def _thin_out(
-    grid: Grid, r: int, seed: int, timestep: Tensor | float = 0, device: torch.device | None = None
+    grid: Grid, r: int, seed: int, timestep: Tensor | float, device: torch.device | None
 ) -> tuple[Tensor, Tensor]:
-    """Which `r` tokens leave so that a random sample is left, spread evenly, and whom each of them joins.
+    """Which `r` tokens leave, and the first token of each's cell, which stays: src, dst, int64 `[b, r]`.
 
-    Every cell keeps as many as every other, give or take one, while it has any; which ones is random. Unlike
-    those that receive, these cells share out all rows and columns, so some are larger than others by one.
-
-    Args:
-        r: how many tokens leave, at most the grid's `max_r`.
-        seed, timestep: as for `cell_offsets`.
-
-    Returns:
-        src and dst, int64 `[b, r]`: the first token of a cell, which stays, takes those that leave it.
+    Unlike those that receive, these cells share out all rows and columns, so some are larger by one.
     """
     y = torch.arange(grid.h, device=device) * grid.rows // grid.h
     x = torch.arange(grid.w, device=device) * grid.columns // grid.w

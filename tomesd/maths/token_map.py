@@ -173,15 +173,13 @@ class TokenMap:
         self._check(y, self.groups, "unmerge")
         return y if self.is_identity else _take(y, self.index)
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether `x` has the shape `[B, N, ...]` that this map merges."""
-        return self._is_shaped(x, self.tokens)
-
-    def _is_shaped(self, x: Tensor, length: int) -> bool:
+    def fits(self, x: Tensor, length: int | None = None) -> bool:
+        """Whether `x` has the shape `[B, N, ...]` that this map merges; or another `length` than N."""
+        length = self.tokens if length is None else length
         return x.dim() >= 2 and x.shape[1] == length and self.index.shape[0] in (1, x.shape[0])
 
     def _check(self, x: Tensor, length: int, verb: str) -> None:
-        if not self._is_shaped(x, length):
+        if not self.fits(x, length):
             batch = "B" if self.index.shape[0] == 1 else self.index.shape[0]
             raise ValueError(f"{verb} needs a tensor of shape [{batch}, {length}, ...], got {list(x.shape)}")
 
@@ -210,7 +208,7 @@ class TokenMap:
             out = rows.new_zeros(groups, rows.shape[1])
             return out.index_add(0, flat, rows).view(shape)
         # embedding_bag over rows sorted by group, the sorting included, takes a half of index_add's time at
-        # 2 x 16,384 tokens on CPU (scripts/bench_ops.py), and sums in float32.
+        # 2 x 16,384 tokens on CPU (scripts/bench ops), and sums in float32.
         by_group, order = flat.sort(stable=True)
         if mean:
             weight = _reciprocal(count, x.dtype)[by_group]

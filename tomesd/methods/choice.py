@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from ..hosts.family import Network, Site
 from ..hosts.unets import ImageFamily
@@ -19,23 +19,9 @@ ImageNetwork: TypeAlias = Network[ImageFamily]
 Chosen: TypeAlias = dict[str, Method | str]
 
 
-class Choice(Protocol):
-    """How blocks get their methods."""
-
-    def choose(self, network: ImageNetwork) -> Chosen:
-        """The method of each of its blocks."""
-
-    def check(self, chosen: Mapping[ImageNetwork, Chosen]) -> None:
-        """Raises a ValueError where something was asked for that no block of these networks gets."""
-
-
 @dataclass(frozen=True)
 class UpTo:
-    """One method for all blocks up to a downsampling; by default up to the finest one that has some.
-
-    Raises:
-        TypeError, ValueError: the limit is none of the downsamplings.
-    """
+    """One method for all blocks up to a downsampling; by default up to the finest one that has some."""
 
     method: Method
     limit: int | None
@@ -44,10 +30,11 @@ class UpTo:
         if options.integer_or_none("max_downsample", self.limit) not in (None, *DOWNSAMPLES):
             raise ValueError(
                 "max_downsample must be None (the finest level with attention) or one of "
-                f"{_listed(DOWNSAMPLES)}, got {self.limit}"
+                f"1, 2, 4, 8, got {self.limit}"
             )
 
     def choose(self, network: ImageNetwork) -> Chosen:
+        """The method of each block of a network."""
         lacks = {site.name: self.method.why_skipped(site) for site in network.sites}
         fit = [site.downsample for site in network.sites if lacks[site.name] is None]
         limit = min(fit, default=DOWNSAMPLES[-1]) if self.limit is None else self.limit
@@ -59,6 +46,7 @@ class UpTo:
         }
 
     def check(self, chosen: Mapping[ImageNetwork, Chosen]) -> None:
+        """Raises a ValueError where something was asked for that no block of these networks gets."""
         for network, methods in chosen.items():
             if not methods or any(isinstance(method, Method) for method in methods.values()):
                 continue
@@ -73,11 +61,7 @@ class UpTo:
 
 @dataclass(frozen=True)
 class ByKey:
-    """A method for each downsampling, or for each block by its name. Other blocks have none.
-
-    Raises:
-        TypeError, ValueError: a key is neither, or no method.
-    """
+    """A method for each downsampling, or for each block by its name. Other blocks have none."""
 
     methods: Mapping[int | str, Method]
 
@@ -86,8 +70,7 @@ class ByKey:
         for key in given:
             if not isinstance(key, str) and (isinstance(key, bool) or key not in DOWNSAMPLES):
                 raise ValueError(
-                    f"methods are chosen by downsample ({_listed(DOWNSAMPLES)}) or by the name of a block, "
-                    f"got {key!r}"
+                    f"methods are chosen by downsample (1, 2, 4, 8) or by the name of a block, got {key!r}"
                 )
         if not given:
             raise ValueError("nothing to merge: the dict of methods is empty")
@@ -131,8 +114,4 @@ def _lacks(method: Method, sites: Sequence[Site]) -> str:
 
 
 def _levels(sites: Sequence[Site]) -> str:
-    return _listed(sorted({site.downsample for site in sites}))
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
+    return ", ".join(str(level) for level in sorted({site.downsample for site in sites}))

@@ -38,32 +38,22 @@ Planner: TypeAlias = Any
 
 @dataclass(frozen=True)
 class Work:
-    """What runs on the tokens of an image: shapes of the layers, and nothing of their values.
+    """What runs on the tokens of an image: shapes of the layers, and nothing of their values."""
 
-    Args:
-        linears: rows, channels in and channels out of each linear layer.
-        attentions: queries, keys, heads and channels of each head of each attention.
-        merges: how often tokens are merged and given back.
-    """
-
-    linears: tuple[tuple[Rows, int, int], ...] = ()
-    attentions: tuple[tuple[Rows, Rows, int, int], ...] = ()
-    merges: int = 0
+    linears: tuple[tuple[Rows, int, int], ...] = ()  # rows, channels in, channels out
+    attentions: tuple[tuple[Rows, Rows, int, int], ...] = ()  # queries, keys, heads, channels of a head
+    merges: int = 0  # how often tokens are merged and given back
 
     def flops(self, tokens: int, left: int) -> float:
         """Floating point operations for an image of so many tokens, of which so many are left."""
-        total = 0.0
-        for rows, a, b in self.linears:
-            total += 2 * count(rows, tokens, left) * a * b
+        total = sum(2.0 * count(rows, tokens, left) * a * b for rows, a, b in self.linears)
         for queries, keys, heads, channels in self.attentions:
             total += 4 * count(queries, tokens, left) * count(keys, tokens, left) * heads * channels
         return total
 
 
 def count(rows: Rows, tokens: int, left: int) -> int:
-    if isinstance(rows, int):
-        return rows
-    return tokens if rows == "all" else left
+    return rows if isinstance(rows, int) else tokens if rows == "all" else left
 
 
 def work_of(
@@ -117,14 +107,21 @@ class PlanIfItPays:
 
     def __init__(self, method: Planner, work: Work) -> None:
         self.method = method
-        self.work = work
+        self.question = work, replace(method, seed=0)  # a seed takes no time
 
     def __call__(self, x: Tensor, image: Image) -> TokenMap:
         # torch.compile may take the sides of an image as unknown; the answer is for these ones.
         shape = index(image.h), index(image.w), index(x.shape[0])
-        if x.device.type == "meta" or pays(self.work, self.method, *shape, x.dtype, x.device):
+        if x.device.type == "meta" or pays(*self.question, *shape, x.dtype, x.device):
             return self.method.plan(x, image)
         return TokenMap.identity(x.shape[1], x.device)
+
+    def loss(self, h: int, w: int, batch: int, weight: Tensor) -> str | None:
+        """Why nothing merges in images of this size, or None if it does."""
+        question = *self.question, h, w, batch, weight.dtype, weight.device
+        if weight.device.type == "meta" or pays(*question):
+            return None
+        return f"it would be slower: {trial(*question)}"
 
 
 def pays(
@@ -137,17 +134,11 @@ def pays(
     return trial(work, method, h, w, batch, dtype, device).pays
 
 
+@cache
 def trial(
     work: Work, method: Planner, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> Trial:
     """Measures some work on an image, in turns, and keeps the minima: a process measures each shape once."""
-    return _trial(work, replace(method, seed=0), h, w, batch, dtype, device)  # a seed takes no time
-
-
-@cache
-def _trial(
-    work: Work, method: Planner, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
-) -> Trial:
     # What counts, traces or fakes the host's operations has nothing to do with these.
     with _disable_current_modes(), torch.no_grad():
         ways = _ways(work, method, h, w, batch, dtype, device)
@@ -168,16 +159,17 @@ def _ways(
     def fill(*shape: int) -> Tensor:
         return torch.arange(math.prod(shape), device=device).sin().to(dtype).view(shape)
 
-    n, left = h * w, method.left(h, w)
+    n = h * w
     x = fill(batch, n, work.linears[0][1])
     weights = {(a, b): fill(b, a) for _, a, b in work.linears}
 
     def layers(left: int) -> Callable[[], None]:
-        def rows(kind: Rows, *shape: int) -> Tensor:
-            return fill(batch, *shape[:-1], count(kind, n, left), shape[-1])
-
-        inputs = {(kind, a): rows(kind, a) for kind, a, _ in work.linears}
-        heads = {(kind, h, c): rows(kind, h, c) for *both, h, c in work.attentions for kind in both}
+        inputs = {(kind, a): fill(batch, count(kind, n, left), a) for kind, a, _ in work.linears}
+        heads = {
+            (kind, h, c): fill(batch, h, count(kind, n, left), c)
+            for *both, h, c in work.attentions
+            for kind in both
+        }
 
         def run() -> None:
             for kind, a, b in work.linears:
@@ -188,7 +180,7 @@ def _ways(
 
         return run
 
-    run_all, run_left = layers(n), layers(left)
+    run_all, run_left = layers(n), layers(method.left(h, w))
     image = Image(h, w, device=device)  # what blocks share is made once for all of them
 
     def merged() -> None:

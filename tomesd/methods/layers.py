@@ -123,11 +123,10 @@ class LayersPatch(Patch):
     def schedule(self) -> list[int]:
         """How many tokens are to merge in each layer."""
         r = self.r
-        # A list may be changed in place.
-        key = type(r), tuple(r) if isinstance(r, list) else r
-        parsed = self.parsed
-        if parsed[0] == key:
-            return parsed[1]
+        key = type(r), tuple(r) if isinstance(r, list) else r  # a list may be changed in place
+        known, schedule = self.parsed
+        if known == key:
+            return schedule
         try:
             schedule = parse_r(self.layers, r)
         except ValueError as error:
@@ -144,10 +143,6 @@ class LayersPatch(Patch):
         if found is None:
             raise RuntimeError("no sources yet: run the model first")
         return found
-
-    def begin_maps(self) -> None:
-        """A forward begins."""
-        self.maps = self.own.get().maps = [None] * self.layers
 
     def look_for_mask(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
         # Under torch.export blocks are given a mask that hides nothing: is there one of the caller's?
@@ -231,7 +226,7 @@ class LayerHooks:
                 "first, or read hidden states or forward_intermediates of the model itself"
             )
         if self.layer == 0 and self.patch.trace_source:
-            self.patch.begin_maps()
+            self.patch.maps = self.patch.own.get().maps = [None] * self.patch.layers
         if not any(self.patch.schedule[: self.layer]):
             return None
         before, inside = _state(x, self.name)
@@ -277,7 +272,7 @@ class LayerHooks:
             )
         if own.before is None:
             return None
-        if given:
+        if given:  # it hides nothing
             args, kwargs = self.bias.put(args, kwargs, None)
         if self.rope is not None:
             keep = own.before.keep[:, patch.protected :] - patch.protected
@@ -370,8 +365,6 @@ def _mean_keys(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
     # F.multi_head_attention_forward does not show its keys; their mean is linear in the tokens.
     c, heads = attn.embed_dim, attn.num_heads
     with torch.no_grad():
-        weight = attn.in_proj_weight[c : 2 * c].unflatten(0, (heads, -1)).mean(0)
-        bias = attn.in_proj_bias
-        return F.linear(
-            x, weight, None if bias is None else bias[c : 2 * c].unflatten(0, (heads, -1)).mean(0)
-        )
+        weight, bias = attn.in_proj_weight[c : 2 * c], attn.in_proj_bias
+        bias = None if bias is None else bias[c : 2 * c].unflatten(0, (heads, -1)).mean(0)
+        return F.linear(x, weight.unflatten(0, (heads, -1)).mean(0), bias)

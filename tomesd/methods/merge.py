@@ -22,10 +22,9 @@ from .method import Method
 
 PARTS = ("attn", "cross", "mlp")
 MATCHINGS = ("windowed", "exact")
-UNMERGES = ("copy",)
 
 
-class Matched(Method):
+class Matched(Method, known=False):
     """A method that merges tokens by their likeness: what `Merge` and `MergeStage` share."""
 
     sx: int
@@ -120,7 +119,7 @@ class Merge(Matched):
             raise ValueError(f"nothing to merge: parts is empty, it may hold {', '.join(PARTS)}")
         self._set(
             parts=tuple(part for part in PARTS if part in self.parts),
-            unmerge=options.one_of("unmerge", self.unmerge, UNMERGES),
+            unmerge=options.one_of("unmerge", self.unmerge, ("copy",)),
         )
         super().__post_init__()
         if self.prop_attn and "attn" not in self.parts:

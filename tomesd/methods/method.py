@@ -26,8 +26,9 @@ class Method:
 
     known: ClassVar[dict[str, type[Method]]] = {}
 
-    def __init_subclass__(cls) -> None:
-        Method.known[cls.__name__] = cls
+    def __init_subclass__(cls, known: bool = True) -> None:
+        if known:
+            Method.known[cls.__name__] = cls
 
     def __repr__(self) -> str:
         """The options that differ from the defaults: `Merge(0.5, prop_attn=True)`."""

@@ -70,16 +70,11 @@ class SampleKeys(Method):
             patch.before(attn, SampledKeys(block, attn, site.block.attn, "attn", "SampleKeys").enter)
 
     def plan(self, x: Tensor, image: Image) -> TokenMap:
-        left = self.left(image.h, image.w)
+        size = image.h, image.w, self.left(image.h, image.w)
         if self.seed is None:
-            return image.always(
-                ("sample", left), lambda: sample_tokens(image.h, image.w, left, 0, 0, image.device)
-            )
-        seed = self.seed
-        return image.once(
-            ("sample", left, seed),
-            lambda: sample_tokens(image.h, image.w, left, seed, image.timestep, image.device),
-        )
+            return image.always(("sample", size), lambda: sample_tokens(*size, 0, 0, image.device))
+        drawn = self.seed, image.timestep
+        return image.once(("sample", size, self.seed), lambda: sample_tokens(*size, *drawn, image.device))
 
     def left(self, h: int, w: int) -> int:
         return sample_size(h * w, self.ratio)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +75,7 @@ class MergeStage(Matched):
         return work_of(sites, PARTS)
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
+class Kept(NamedTuple):
     """What a stage keeps from its first block to its last: the tokens as they were, and merged."""
 
     x: Tensor
@@ -92,8 +91,7 @@ class Stage:
         self.last = last
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call = self.first.call_of(args, kwargs)
-        x = self.first.tokens.get(args, kwargs)
+        call, x = self.first.call_of(args, kwargs), self.first.tokens.get(args, kwargs)
         token_map = self.first.make_plan(x, call)
         assert call is not None  # or there would have been no plan
         kept = call.kept = Kept(x, token_map, token_map.merge(x))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral
 
-from torch import nn
-
-from ..hosts.family import Site
 from ..hosts.hooks import patch_of
 from ..hosts.unets import find_networks
 from ..methods.choice import ImageNetwork
-from ..methods.cost import pays, trial, work_of
+from ..methods.cost import PlanIfItPays, work_of
 from ..methods.method import Method
 from ..patch import NetworkPatch
 
@@ -21,26 +19,15 @@ BATCH = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One transformer block at one image size.
+    """One transformer block at one image size."""
 
-    Args:
-        name: its path in the model.
-        downsample: how many times smaller its image of tokens is than the latent image.
-        before: its tokens.
-        after: the tokens that its method leaves; with `SampleKeys` the keys.
-        flops: of the whole block without a method, for one sample.
-        saved: share of them that its method saves.
-        left_alone: why it has no method, or None.
-        method: its method, or None.
-    """
-
-    name: str
-    downsample: int
-    before: int
-    after: int
-    flops: float
-    saved: float
-    left_alone: str | None = None
+    name: str  # its path in the model
+    downsample: int  # how many times smaller its image of tokens is than the latent image
+    before: int  # its tokens
+    after: int  # the tokens that its method leaves; with `SampleKeys` the keys
+    flops: float  # of the whole block without a method, for one sample
+    saved: float  # the share of them that its method saves
+    left_alone: str | None = None  # why it has no method
     method: Method | None = None
 
 
@@ -59,30 +46,20 @@ class Explanation:
         return sum(row.flops * row.saved for row in self.rows) / total if total else 0.0
 
     def __str__(self) -> str:
-        head = ("block", "downsample", "method", "tokens", "left", "FLOPs saved", "left alone because")
-        cells = [head]
+        cells = [("block", "downsample", "method", "tokens", "left", "FLOPs saved", "left alone because")]
         for row in self.rows:
-            cells.append(
-                (
-                    row.name,
-                    str(row.downsample),
-                    "-" if row.method is None else str(row.method),
-                    str(row.before),
-                    str(row.after) if row.left_alone is None else "-",
-                    f"{row.saved:.0%}" if row.left_alone is None else "-",
-                    row.left_alone or "",
-                )
-            )
-        widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells
-        ]
+            done = (str(row.after), f"{row.saved:.0%}") if row.left_alone is None else ("-", "-")
+            method = "-" if row.method is None else str(row.method)
+            place = row.name, str(row.downsample), method, str(row.before)
+            cells.append((*place, *done, row.left_alone or ""))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         merged = sum(row.left_alone is None for row in self.rows)
         lines.append(
             f"{merged} of {len(self.rows)} blocks compute less at {self.width} x {self.height} pixels: an "
             f"estimated {self.saved:.0%} of the FLOPs of these blocks saved"
         )
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
 
 def explain(model: object, height: int | None = None, width: int | None = None) -> Explanation:
@@ -104,7 +81,8 @@ def explain(model: object, height: int | None = None, width: int | None = None) 
     """
     networks = find_networks(model)
     scale = getattr(model, "vae_scale_factor", 8)
-    native = _native_size(networks[0].module)
+    native = getattr(getattr(networks[0].module, "config", None), "sample_size", None) or 64
+    native = (native, native) if isinstance(native, int) else tuple(native)
     if width is None:
         width = native[1] * scale if height is None else height
     if height is None:
@@ -112,51 +90,25 @@ def explain(model: object, height: int | None = None, width: int | None = None) 
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, Integral) or isinstance(side, bool) or side < scale:
             raise ValueError(f"{name} must be an integer of at least {scale} pixels, got {side!r}")
-    rows = []
+    rows: list[Row] = []
     for network in networks:
         side = network.family.side(network.module)
         rows += _rows(network, height // scale // side, width // scale // side)
     return Explanation(height, width, tuple(rows))
 
 
-def _rows(network: ImageNetwork, h: int, w: int) -> list[Row]:
+def _rows(network: ImageNetwork, h: int, w: int) -> Iterator[Row]:
     patch: NetworkPatch | None = patch_of(network.module)
-    rows = []
     for site in network.sites:
-        size = tuple(-(-side // site.downsample) for side in (h, w))
-        tokens = left = size[0] * size[1]
+        rows, columns = (-(-side // site.downsample) for side in (h, w))
+        tokens = left = rows * columns
         whole = work_of([site], tuple(site.block.parts)).flops(tokens, tokens)
         method, saved = "not patched" if patch is None else patch.chosen[site.name], 0.0
-        if isinstance(method, Method) and patch is not None and patch.auto:
-            method = _loss(site, network, patch, method, *size) or method
+        plan = None if patch is None else patch.plans.get(site.name)
+        if isinstance(plan, PlanIfItPays):
+            method = plan.loss(rows, columns, BATCH, next(site.module.parameters())) or method
         if isinstance(method, Method):
-            left = method.left(*size)
-            work = method.work([site])
+            left, work = method.left(rows, columns), method.work([site])
             saved = (work.flops(tokens, tokens) - work.flops(tokens, left)) / whole
         reason, used = (None, method) if isinstance(method, Method) else (method, None)
-        path = network.path(site)
-        rows.append(Row(path, site.downsample, tokens, left, whole, saved, reason, used))
-    return rows
-
-
-def _loss(
-    site: Site, network: ImageNetwork, patch: NetworkPatch, method: Method, h: int, w: int
-) -> str | None:
-    """Why `auto` leaves a block alone, or None if its method pays there."""
-    weight = next(site.module.parameters())
-    if weight.device.type == "meta":
-        return None
-    own = [
-        other
-        for other in network.sites
-        if other.container is site.container and patch.chosen[other.name] == method
-    ]
-    (group,) = (group for group in method.groups(own) if site in group)
-    question = method.work(group), method, h, w, BATCH, weight.dtype, weight.device
-    return None if pays(*question) else f"it would be slower: {trial(*question)}"
-
-
-def _native_size(network: nn.Module) -> tuple[int, int]:
-    """Size of the latent image that a network was made for; 64 x 64 where it does not say."""
-    size = getattr(getattr(network, "config", None), "sample_size", None) or 64
-    return (size, size) if isinstance(size, int) else tuple(size)
+        yield Row(network.path(site), site.downsample, tokens, left, whole, saved, reason, used)

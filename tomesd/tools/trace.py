@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..hosts.family import Network
 from ..hosts.hooks import patch_of
 from ..hosts.image import Image
-from ..hosts.unets import find_networks
+from ..hosts.unets import ImageFamily, find_networks
 from ..maths.token_map import TokenMap
 
 
@@ -18,27 +19,18 @@ from ..maths.token_map import TokenMap
 class Plan:
     """What one call of a block merged, or with `MergeStage` one call of a whole transformer.
 
-    Args:
-        block: its path, as in `explain`; with `MergeStage` that of the transformer's first block.
-        downsample: how many times smaller its image of tokens is than the latent image.
-        step: how often its network had been called before since the trace began. That is the step of the
-            denoising loop, where each step makes one call.
-        timestep: of the first sample.
-        h: height of the image in tokens.
-        w: width of the image in tokens.
-        map: which of the `h * w` tokens merged, on the CPU. With `SampleKeys` nothing merges: its `keep`
-            are the tokens that all look at, and each other one is listed with one of its cell. Its samples
-            are those of the call: in pipelines with guidance first the unconditional ones, then as many
-            conditional ones. `map.is_identity` where `auto` left the block alone.
+    The samples of the map are those of the call: in pipelines with guidance first the unconditional ones,
+    then as many conditional ones. With `SampleKeys` nothing merges: `map.keep` are the tokens that all look
+    at, and each other one is listed with one of its cell. `map.is_identity` where `auto` left the block alone.
     """
 
-    block: str
-    downsample: int
-    step: int
-    timestep: float
-    h: int
-    w: int
-    map: TokenMap
+    block: str  # its path, as in `explain`; with `MergeStage` that of the transformer's first block
+    downsample: int  # how many times smaller its image of tokens is than the latent image
+    step: int  # of the denoising loop: how often its network had been called since the trace began
+    timestep: float  # of the first sample
+    h: int  # height of the image in tokens
+    w: int  # width of the image in tokens
+    map: TokenMap  # which of the `h * w` tokens merged, on the CPU
 
     def __repr__(self) -> str:
         return (
@@ -75,7 +67,7 @@ def trace(model: object, steps: Iterable[int] | None = None) -> Iterator[list[Pl
     for network in networks:
         patch = patch_of(network.module)
         if patch is not None:
-            recorders.append((patch, Recorder(network.name, steps, plans)))
+            recorders.append((patch, Recorder(network, steps, plans)))
     if not recorders:
         kinds = ", ".join(type(network.module).__name__ for network in networks)
         raise ValueError(f"nothing merges in {kinds}: apply_patch comes first")
@@ -88,14 +80,14 @@ def trace(model: object, steps: Iterable[int] | None = None) -> Iterator[list[Pl
         yield plans
 
 
+@dataclass(eq=False)
 class Recorder:
     """Notes the plans of one network."""
 
-    def __init__(self, prefix: str, steps: Collection[int] | None, plans: list[Plan]) -> None:
-        self.prefix = f"{prefix}." if prefix else ""
-        self.steps = steps
-        self.plans = plans
-        self.step = -1
+    network: Network[ImageFamily]
+    steps: Collection[int] | None
+    plans: list[Plan]
+    step: int = -1
 
     def begin(self) -> None:
         self.step += 1
@@ -106,5 +98,5 @@ class Recorder:
         t = image.timestep
         number = float(t.flatten()[0] if isinstance(t, torch.Tensor) else t)
         kept = TokenMap(*(part.expand(batch, -1).cpu() for part in (token_map.index, token_map.keep)))
-        name = self.prefix + block
+        name = f"{self.network.name}.{block}".lstrip(".")
         self.plans.append(Plan(name, image.downsample, self.step, number, image.h, image.w, kept))

@@ -6,6 +6,7 @@ import colorsys
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..maths.token_map import TokenMap
@@ -74,9 +75,7 @@ def make_visualization(
 def paint(img: Image.Image, groups: Tensor) -> tuple[Tensor, Tensor]:
     """Mean colours of groups with borders in their hues, and the hues alone: float `[H, W, 3]`, 0 to 255.
 
-    Args:
-        img: what they are taken from.
-        groups: number of each token's group from 0 on, int64 `[rows, columns]`, none left out.
+    `groups` is the number of each token's group, int64 `[rows, columns]`, from 0 on, none left out.
     """
     label = spread(groups, img)
     count = int(label.max()) + 1
@@ -89,13 +88,9 @@ def paint(img: Image.Image, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rebuilt(img: Image.Image, merged: TokenMap, rows: int, columns: int) -> Image.Image:
-    """The image with each patch replaced by the mean of its group's patches.
+    """The image with each of `rows` x `columns` patches, which divide it, as the mean of its group's.
 
-    Args:
-        img: of a size that `rows` and `columns` divide.
-        merged: of one sample; class and register tokens may come before the patches.
-        rows: number of patches from top to bottom.
-        columns: from left to right.
+    The map is of one sample; class and register tokens may come before the patches.
     """
     pixels = to_tensor(img)
     size = img.height // rows, img.width // columns
@@ -127,11 +122,6 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 def _border(label: Tensor) -> Tensor:
     """The pixels with a neighbour of another group, `[H, W]`."""
-    down = label[1:] != label[:-1]
-    right = label[:, 1:] != label[:, :-1]
-    border = torch.zeros_like(label, dtype=torch.bool)
-    border[1:] |= down
-    border[:-1] |= down
-    border[:, 1:] |= right
-    border[:, :-1] |= right
-    return border
+    around = F.pad(label[None].float(), (1, 1, 1, 1), mode="replicate")[0]
+    sides = around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:]
+    return torch.stack([side != label for side in sides]).any(0)
