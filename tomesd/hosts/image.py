@@ -254,8 +254,8 @@ class BlockHooks:
 
     def plan_by_input(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> None:
         own = self.own.get()
-        own.map = self.make_plan(own.x, own.call)
-        own.x = None
+        x, own.x = own.x, None
+        own.map = self.make_plan(x, own.call)
 
     def receive(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Takes the container's call out of what attention is given."""

@@ -21,7 +21,7 @@ class Plan:
 
     The samples of the map are those of the call: in pipelines with guidance first the unconditional ones,
     then as many conditional ones. With `SampleKeys` nothing merges: `map.keep` are the tokens that all look
-    at, and each other one is listed with one of its cell. `map.is_identity` where `auto` left the block alone.
+    at, each other one is listed with one of its cell. `map.is_identity` where `auto` left the block alone.
     """
 
     block: str  # its path, as in `explain`; with `MergeStage` that of the transformer's first block
