@@ -22,12 +22,8 @@ class ImageFamily(Family):
     # Classes that take an image [B, C, h, w] and run blocks on its tokens; without, the network itself does.
     containers: tuple[str, ...] = ()
     image: str = "hidden_states"  # the container's parameter that is this image
-    patch_size: str | None = (
-        None  # the item of the network's config that is the side of a token in it, if not 1
-    )
-    carrier: str | None = (
-        None  # the parameter of containers and blocks that is a dict of arguments for attention
-    )
+    patch_size: str | None = None  # the item of the network's config that is the side of a token in it
+    carrier: str | None = None  # the parameter of both containers and blocks that is a dict for attention
     down: tuple[str, ...] = ()  # classes that halve the resolution at the end of their part of a stage
     up: tuple[str, ...] = ()  # classes that double it there
 
@@ -56,22 +52,13 @@ class ImageFamily(Family):
                 level -= any(is_named(module, self.up) for _, module in modules)
 
 
+TEXT = "encoder_hidden_states"
 CLOCK = ("time_proj", "base_time_proj")
 LAST = ("conv_out", "base_conv_out", "controlnet_mid_block")
 BASIC = Block(
     "norm1",
-    attn=Part(
-        "attn1",
-        keys="encoder_hidden_states",
-        bias="attention_mask",
-        sees_text="attn1.is_cross_attention",
-    ),
-    cross=Part(
-        "attn2",
-        keys="encoder_hidden_states",
-        bias="attention_mask",
-        sees_text="attn2.is_cross_attention",
-    ),
+    Part("attn1", keys=TEXT, bias="attention_mask", sees_text="attn1.is_cross_attention"),
+    cross=Part("attn2", keys=TEXT, bias="attention_mask", sees_text="attn2.is_cross_attention"),
     mlp=Part("ff"),
 )
 
