@@ -44,13 +44,11 @@ class Subject:
     compiles: bool = True
     travels: bool = True
 
-    @property
-    def weights(self) -> Callable[[nn.Module], list[nn.Parameter]]:
-        """Weights whose gradients are compared."""
-        return lambda model: (
-            [p for name, p in model.named_parameters() if "to_q" in name or "qkv" in name]
-            or [p for p in model.parameters() if p.dim() > 1 and p.requires_grad]
-        )
+
+def weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights whose gradients are compared."""
+    queries = [p for name, p in model.named_parameters() if "to_q" in name or "qkv" in name]
+    return queries or [p for p in model.parameters() if p.dim() > 1 and p.requires_grad]
 
 
 METHODS = {
@@ -149,4 +147,4 @@ def gradients(subject: Subject, model: nn.Module, *calls: dict[str, Any]) -> lis
     """Gradients of the summed outputs of some calls."""
     torch.manual_seed(0)  # of stochastic depth
     loss = torch.stack([subject.call(model, **call).square().mean() for call in calls or ({},)]).sum()
-    return list(torch.autograd.grad(loss, subject.weights(model), allow_unused=True))
+    return list(torch.autograd.grad(loss, weights(model), allow_unused=True))
