@@ -24,7 +24,6 @@ FEW = [
 COMPILED = ("merge", "sample", "stage, proportional", "layers", "as ToMe")
 
 subjects = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
-few = pytest.mark.parametrize("subject", FEW, ids=lambda subject: subject.name)
 drawing = pytest.mark.parametrize("subject", DRAWING, ids=lambda subject: subject.name)
 each_option = pytest.mark.parametrize(
     ("subject", "option"),
@@ -303,9 +302,10 @@ def test_compiles_to_one_graph_and_not_again_from_call_to_call(subject: Subject,
     torch.compiler.reset()
 
 
-@few
-def test_compiled_models_of_a_class_keep_apart(subject: Subject):
+@pytest.mark.parametrize("name", ["sd", "pixart", "timm ViT", "transformers DINOv2"])
+def test_compiled_models_of_a_class_keep_apart(name):
     """By default torch.compile does not look at hooks, and would run one's code for the other."""
+    subject = SUBJECTS[name]
     models = [subject.build(), subject.build()]
     subject.patch(models[1], next(iter(subject.options.values())))
     want = [subject.call(model) for model in models]
