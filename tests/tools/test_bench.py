@@ -10,6 +10,7 @@ import rivals
 import torch
 from tiny import peer
 
+import tomesd
 from tomesd.__main__ import COMMANDS, main
 from tomesd.commands import bench, common, memory, models, runs
 from tomesd.commands.ways import WAYS, Sliced, Way, at
@@ -245,7 +246,7 @@ def test_views_share_weights_and_nothing_else():
     assert [p.data_ptr() for p in own.parameters()] == [p.data_ptr() for p in network.parameters()]
     assert not {*map(id, own.modules())} & {*map(id, network.modules())}
     WAYS["windowed"].patch(own, UNET)
-    assert not hasattr(network, "_tomesd")
+    assert {row.left_alone for row in tomesd.explain(network).rows} == {"not patched"}
 
 
 def test_networks_are_the_same_each_time_and_finite():
