@@ -188,8 +188,8 @@ def test_a_dict_chooses_by_downsample():
     }
     assert {row.left_alone for row in rows} == {
         None,
-        "neither it nor downsample 2 has a method",
-        "neither it nor downsample 8 has a method",
+        "no method was given for it or for downsample 2",
+        "no method was given for it or for downsample 8",
     }
     both = call(unet)
     for one in ({1: SampleKeys(0.5)}, {4: Merge(0.25)}):

@@ -82,7 +82,7 @@ class ByKey:
         chosen: Chosen = {}
         for site in network.sites:
             key = next((key for key in _keys(network, site) if key in self.methods), None)
-            chosen[site.name] = f"neither it nor downsample {site.downsample} has a method"
+            chosen[site.name] = f"no method was given for it or for downsample {site.downsample}"
             if key is not None:
                 chosen[site.name] = self.methods[key].why_skipped(site) or self.methods[key]
         return chosen
