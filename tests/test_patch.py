@@ -176,6 +176,15 @@ def test_a_ratio_above_what_cells_allow_is_cut_with_one_warning(ratio, stride, m
         tomesd.apply_patch(unet, SampleKeys(0.95))
 
 
+@pytest.mark.parametrize(
+    "make", [Merge, MergeStage, lambda ratio: Merge.from_dict({"method": "Merge", "ratio": ratio})]
+)
+def test_the_warning_is_of_the_line_that_asks_for_too_much(make):
+    with pytest.warns(UserWarning, match="0.75 of the tokens merge") as caught:
+        make(0.9)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_a_dict_chooses_by_downsample():
     unet, call = tiny.unet(), tiny.CASES["sd"]
     tomesd.apply_patch(unet, {1: SampleKeys(0.5), 4: 0.25})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import sys
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -61,6 +62,14 @@ def capped_share(value: Any, sx: int, sy: int) -> float:
             f"ratio {ratio:g} is above {most:g}, the most that one dst in each {sx} x {sy} cell allows "
             f"(1 - 1 / (sx * sy)): {most:g} of the tokens merge. Larger sx or sy allow more",
             UserWarning,
-            stacklevel=5,  # whoever makes the method
+            stacklevel=_level_of_caller(),
         )
     return min(ratio, most)
+
+
+def _level_of_caller() -> int:
+    """How far up the stack, from who asks, is the code that called this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("tomesd."):
+        level, frame = level + 1, frame.f_back
+    return level
