@@ -106,6 +106,11 @@ def test_wrong_descriptions_of_methods_are_named(data, error, says):
         (lambda: Merge(parts=("mlp",), prop_attn=True), ValueError, "prop_attn=True weighs keys of self-att"),
         (lambda: MergeStage(parts=("attn",)), TypeError, "unexpected keyword argument 'parts'"),
         (lambda: SampleKeys(matching="exact"), TypeError, "unexpected keyword argument 'matching'"),
+        (
+            tomesd.Method,
+            TypeError,
+            "Method is what all methods have in common: take Merge, SampleKeys, Merge",
+        ),
         (lambda: Recipe([]), TypeError, "methods must be a dict of block names, got list"),
         (lambda: Recipe({}), ValueError, "a recipe needs a method for one block at least"),
         (lambda: Recipe({"a": 0.5}), TypeError, r"maps names of blocks to methods, got \{'a': 0.5\}"),
@@ -121,7 +126,8 @@ def test_bad_methods_are_named(make, error, says):
     ("options", "error", "says"),
     [
         (dict(ratio=2), ValueError, r"ratio must be in \[0, 1\], .* got 2"),
-        (dict(ratio=None), TypeError, "ratio must be a number, got None"),
+        (dict(ratio=None), TypeError, "ratio must be a number, a method such as .*, got None"),
+        (dict(ratio="SampleKeys"), TypeError, r"a dict or Recipe of methods, got 'SampleKeys' \(str\)"),
         (dict(ratio=Merge), TypeError, "ratio must be a number or a method, got the class Merge: make one"),
         (dict(sx=0), ValueError, "sx must be at least 1, got 0"),
         (dict(max_downsample=3), ValueError, r"max_downsample must be None .* or one of 1, 2, 4, 8, got 3"),
@@ -140,7 +146,7 @@ def test_bad_methods_are_named(make, error, says):
             ValueError,
             r"nothing to merge at a, for which Merge\(0.5\) was given",
         ),
-        (dict(ratio={1: "x"}), TypeError, "ratio must be a number, got 'x'"),
+        (dict(ratio={1: "x"}), TypeError, "what is given for 1 must be a ratio or a method, got 'x'"),
         (dict(ratio={8: Merge()}), ValueError, r"downsample 8, for which Merge\(0.5\) .* at downsample 1, 2"),
         (
             dict(ratio=Recipe({"x": Merge()})),

@@ -224,7 +224,9 @@ def _merge(ratio: Any, sx: Any, sy: Any, use_rand: Any, **parts: Any) -> Merge:
     """The method that the options of tomesd 0.1.3 name."""
     if isinstance(ratio, type) and issubclass(ratio, Method):
         raise TypeError(f"ratio must be a number or a method, got the class {ratio.__name__}: make one first")
-    options.number("ratio", ratio)
+    options.number(
+        "ratio", ratio, "a number, a method such as SampleKeys(0.5), or a dict or Recipe of methods"
+    )
     for name, value in (("use_rand", use_rand), *parts.items()):
         options.boolean(name, value)
     names = {"merge_attn": "attn", "merge_crossattn": "cross", "merge_mlp": "mlp"}

@@ -72,6 +72,8 @@ class ByKey:
                 raise ValueError(
                     f"methods are chosen by downsample (1, 2, 4, 8) or by the name of a block, got {key!r}"
                 )
+            if not isinstance(given[key], Method):
+                options.number(f"what is given for {key!r}", given[key], "a ratio or a method")
         if not given:
             raise ValueError("nothing to merge: the dict of methods is empty")
         return cls(

@@ -32,8 +32,7 @@ PATIENCE = 0.3
 
 # How many rows a layer sees: a number, all tokens of the image, or those that a method leaves.
 Rows = int | Literal["all", "left"]
-# A method, which imports this module: it has `ratio`, `plan` and `left`.
-Planner: TypeAlias = Any
+Planner: TypeAlias = Any  # a method, which imports this module: it has `ratio`, `plan` and `left`
 
 
 @dataclass(frozen=True)

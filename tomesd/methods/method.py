@@ -17,10 +17,7 @@ from .cost import Work
 
 @dataclass(frozen=True, repr=False)
 class Method:
-    """A way to make a model compute less. Methods are immutable, compare by value, and can be dict keys.
-
-    The methods are `Merge`, `MergeStage` and `SampleKeys`.
-    """
+    """A way to make a model compute less: `Merge`, `MergeStage`, `SampleKeys`. Immutable, compared by value."""
 
     ratio: float = 0.5
 
@@ -63,6 +60,9 @@ class Method:
         if unknown:
             raise ValueError(f"{name} has no option {', '.join(unknown)}, only {', '.join(names)}")
         return kind(**options)
+
+    def __post_init__(self) -> None:
+        raise TypeError(f"Method is what all methods have in common: take {', '.join(Method.known)}")
 
     def _set(self, **checked: Any) -> None:
         for name, value in checked.items():

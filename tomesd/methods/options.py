@@ -15,10 +15,10 @@ def wrong_type(name: str, words: str, value: object) -> TypeError:
     return TypeError(f"{name} must be {words}, got {reprlib.repr(value)} ({type(value).__name__})")
 
 
-def number(name: str, value: Any) -> float:
+def number(name: str, value: Any, words: str = "a number") -> float:
     # A bool is an integer to Python, but ratio=True is a slip.
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise wrong_type(name, "a number", value)
+        raise wrong_type(name, words, value)
     return float(value)
 
 
