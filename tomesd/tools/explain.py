@@ -109,6 +109,6 @@ def _rows(network: ImageNetwork, h: int, w: int) -> Iterator[Row]:
             method = plan.loss(rows, columns, BATCH, next(site.module.parameters())) or method
         if isinstance(method, Method):
             left, work = method.left(rows, columns), method.work([site])
-            saved = (work.flops(tokens, tokens) - work.flops(tokens, left)) / whole
+            saved = (work.flops(tokens, tokens) - work.flops(tokens, left)) / (whole or 1)
         reason, used = (None, method) if isinstance(method, Method) else (method, None)
         yield Row(network.path(site), site.downsample, tokens, left, whole, saved, reason, used)
