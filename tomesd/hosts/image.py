@@ -131,6 +131,7 @@ class NetworkHooks:
         for listener in self.patch.listeners:
             listener.begin()
         if self.has_clock and torch.compiler.is_compiling():
+            self.own.get().step = None  # a forward that failed may have left one
             return
         step = self.own.get().step = Step.at(self.timestep.get(args, kwargs))
         if not torch.compiler.is_compiling():
