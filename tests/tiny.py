@@ -277,13 +277,11 @@ class Case:
     """A network and how to call it: `call(model, h, w, b, t)` gives its output for a latent image.
 
     Args:
-        checkpoints: whether diffusers can checkpoint it.
         travels: whether its containers pass a dict on to attention.
     """
 
     build: Callable[[], nn.Module]
     call: Callable[..., Tensor]
-    checkpoints: bool = True
     travels: bool = True
 
     def __call__(self, model: nn.Module, h=16, w=16, b=2, t=500) -> Tensor:
@@ -374,9 +372,9 @@ CASES = {
     "controlnet_xs": Case(controlnet_xs, _xs),
     "sparse_controlnet": Case(sparse_controlnet, _sparse),
     "animatediff": Case(motion_unet, _video(3)),
-    "unet3d": Case(unet3d, _video(1), checkpoints=False),
+    "unet3d": Case(unet3d, _video(1)),
     "svd": Case(video_diffusion, _video_diffusion, travels=False),
-    "i2vgen": Case(i2vgen, _i2vgen, checkpoints=False),
+    "i2vgen": Case(i2vgen, _i2vgen),
     "audioldm2": Case(audioldm2, _audio),
     "pixart": Case(pixart, _pixart),
     "ldm": Case(ldm, _ldm, travels=False),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import tiny
 import tiny_vit
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import tomesd
 import tomesd.vit as tome
+from tomesd.hosts.unets import find_networks
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def patch_vit(model: nn.Module, options: dict[str, Any], strength: float = 1) ->
 
 
 def checkpoint_unet(model: nn.Module, on: bool) -> None:
+    if not getattr(model, "_supports_gradient_checkpointing", False):
+        pytest.skip("the network itself cannot checkpoint")
     (model.enable_gradient_checkpointing if on else model.disable_gradient_checkpointing)()
 
 
@@ -101,7 +105,6 @@ def checkpoint_vit(model: nn.Module, on: bool) -> None:
 def subjects() -> Iterator[Subject]:
     for name, case in tiny.CASES.items():
         compvis = name == "ldm"
-        checkpoint: Any = checkpoint_unet if case.checkpoints else None
         yield Subject(
             name,
             case.build,
@@ -109,10 +112,8 @@ def subjects() -> Iterator[Subject]:
             {k: m for k, m in METHODS.items() if not (compvis and getattr(m, "prop_attn", False))},
             patch_unet,
             tomesd.remove_patch,
-            lambda model: next(
-                m for n, m in model.named_modules() if n.endswith("attn1") and "motion" not in n
-            ),
-            checkpoint_ldm if compvis else checkpoint,
+            lambda model: find_networks(model)[0].sites[0].part("attn"),
+            checkpoint_ldm if compvis else checkpoint_unet,
             compiles=not compvis,
             travels=case.travels,
         )

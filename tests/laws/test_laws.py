@@ -379,9 +379,15 @@ def test_runs_in_bfloat16(subject: Subject):
     if not subject.compiles:
         pytest.skip("CompVis' timestep embedding is float32 only")
     model = subject.build()
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    try:
+        subject.call.call(half, *half_inputs(), torch.tensor(500))
+    except RuntimeError as error:
+        pytest.skip(f"the network itself cannot: {error}")
     tomesd.apply_patch(model)
+    tomesd.apply_patch(half)
     want = subject.call(model)
-    got = subject.call.call(model.to(torch.bfloat16), *half_inputs(), torch.tensor(500))
+    got = subject.call.call(half, *half_inputs(), torch.tensor(500))
     assert got.dtype == torch.bfloat16
     assert (got.float() - want).norm() < 0.2 * want.norm()
 
