@@ -75,6 +75,8 @@ def test_methods_are_values():
         ([], TypeError, "a method is described by a dict, got list"),
         ({"ratio": 0.5}, ValueError, "the method must be one of Merge, .*SampleKeys.*, got None"),
         ({"method": "Drop"}, ValueError, "got 'Drop'"),
+        ({"method": ["Merge"]}, ValueError, r"got \['Merge'\]"),
+        ({"method": "Merge", 1: 2}, ValueError, "Merge has no option 1, only"),
         ({"method": "SampleKeys", "sx": 2}, ValueError, "SampleKeys has no option sx, only ratio, seed"),
         ({"method": "Merge", "ratio": "x"}, TypeError, "ratio must be a number, got 'x'"),
     ],
@@ -115,6 +117,8 @@ def test_wrong_descriptions_of_methods_are_named(data, error, says):
         (lambda: Recipe({}), ValueError, "a recipe needs a method for one block at least"),
         (lambda: Recipe({"a": 0.5}), TypeError, r"maps names of blocks to methods, got \{'a': 0.5\}"),
         (lambda: Recipe.from_dict({"a": {}}), TypeError, "a recipe is described by"),
+        (lambda: Recipe.from_dict({"blocks": {}, "model": "x"}), TypeError, "a recipe is described by"),
+        (lambda: type("Merge", (tomesd.Method,), {}), TypeError, "there is a method Merge already"),
     ],
 )
 def test_bad_methods_are_named(make, error, says):
@@ -251,6 +255,36 @@ def test_patched_puts_back_what_was_there():
     with tomesd.patched(unet, 0.75), tomesd.patched(unet, MergeStage()):
         assert not torch.equal(call(unet), want)
     assert torch.equal(call(unet), want)
+
+
+def test_patched_ends_on_the_networks_that_it_began_with():
+    pipe, other = tiny.sd(unet=tiny.small_unet()), tiny.small_unet()
+    first = pipe.unet
+    with tomesd.patched(pipe, 0.5):
+        pipe.unet = other
+        tomesd.apply_patch(other, 0.25)
+    assert methods_of(first) == {}
+    assert set(methods_of(other).values()) == {Merge(0.25)}
+    with pytest.raises(AttributeError, match="on_purpose"), tomesd.patched(pipe, 0.5):
+        pipe.__dict__.pop("unet").on_purpose  # noqa: B018
+    assert methods_of(other) == {row: Merge(0.25) for row in methods_of(other)}
+    with pytest.raises(TypeError, match="model"), tomesd.patched(ratio=0.5):
+        pass
+
+
+def test_a_trace_goes_on_when_a_model_is_patched_anew():
+    unet, call = tiny.small_unet(), tiny.CASES["sd"]
+    tomesd.apply_patch(unet, Merge(0.5))
+    with tomesd.trace(unet) as plans:
+        call(unet)
+        with tomesd.patched(unet, Merge(0.25)):
+            call(unet)
+        call(unet)
+    left = [(plan.step, plan.map.groups) for plan in plans]
+    assert left == [(step, groups) for step, groups in enumerate((128, 192, 128)) for _ in left[::3]]
+    before = len(plans)
+    call(unet)
+    assert len(plans) == before
 
 
 def transformer():

@@ -274,15 +274,24 @@ def ldm() -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A network and how to call it: `call(model, h, w, b, t)` gives its output for a latent image.
+    """A network and how to call it: `case(model, h, w, b, t)` gives its output for a latent image.
 
     Args:
-        travels: whether its containers pass a dict on to attention.
+        build: makes the network, with random weights, in eval mode.
+        call: `call(model, x, text, t)` gives a tensor `[b, ...]` for latents `[b, 4, h, w]`, a text of
+            `[b, 7, TEXT]` and a timestep, a tensor of one or of b.
+        travels: whether its containers pass a dict on to attention, `carrier` in its row.
+        keys: whether its self-attention takes keys of other tokens, `keys` in its row.
+        bias: whether its self-attention takes a bias, `bias` in its row.
+        plain: whether the network itself compiles to one graph and runs in bfloat16.
     """
 
     build: Callable[[], nn.Module]
     call: Callable[..., Tensor]
     travels: bool = True
+    keys: bool = True
+    bias: bool = True
+    plain: bool = True
 
     def __call__(self, model: nn.Module, h=16, w=16, b=2, t=500) -> Tensor:
         return self.call(model, *inputs(h, w, b), t if isinstance(t, Tensor) else torch.tensor(t))
@@ -377,7 +386,7 @@ CASES = {
     "i2vgen": Case(i2vgen, _i2vgen),
     "audioldm2": Case(audioldm2, _audio),
     "pixart": Case(pixart, _pixart),
-    "ldm": Case(ldm, _ldm, travels=False),
+    "ldm": Case(ldm, _ldm, travels=False, bias=False, plain=False),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -107,28 +106,28 @@ def remove_patch(model: Model) -> Model:
 def _as_context(apply: Callable[P, Model]) -> Callable[P, AbstractContextManager[Model]]:
     """A context manager of the signature of `apply_patch`, for people and for type checkers."""
 
-    @functools.wraps(apply)
     @contextmanager
     def patched(*args: P.args, **kwargs: P.kwargs) -> Iterator[Model]:
-        model: Any = args[0] if args else kwargs.get("model")
+        """Patches a model inside of a `with` block, and leaves it after as it was before.
+
+            with tomesd.patched(pipe, 0.5):
+                pipe("a cat")
+
+        Takes the arguments of `apply_patch`. A patch that was on the model before is put back.
+        """
+        model: Any = inspect.signature(apply).bind(*args, **kwargs).arguments["model"]
         before = [(network, patch_of(network.module)) for network in find_networks(model)]
         apply(*args, **kwargs)
         try:
             yield model
         finally:
-            remove_patch(model)
+            # The networks of then: the model may hold others by now.
+            for network in (network for network, patch in before if not patch):
+                _detach(network.module)
             _put([(network, patch.chosen, patch.auto) for network, patch in before if patch])
 
-    patched.__doc__ = """Patches a model inside of a `with` block, and leaves it after as it was before.
-
-        with tomesd.patched(pipe, 0.5):
-            pipe("a cat")
-
-    Takes the arguments of `apply_patch`. A patch that was on the model before is put back.
-    """
-    patched.__name__ = patched.__qualname__ = "patched"
+    patched.__qualname__ = "patched"
     patched.__signature__ = inspect.signature(apply)  # type: ignore[attr-defined]
-    del patched.__wrapped__
     return patched
 
 
@@ -180,6 +179,9 @@ def _put(wanted: Sequence[tuple[ImageNetwork, Chosen, bool]]) -> None:
             patch.remove()
         raise
     for module, patch in patches:
+        old = patch_of(module)
+        if old is not None:
+            patch.listeners = old.listeners
         _detach(module)
         if patch.handles:
             setattr(module, OWNER, patch)

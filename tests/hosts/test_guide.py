@@ -1,15 +1,20 @@
-"""CONTRIBUTING.md's guide to a new family: its row, as it stands there, on a network that it describes."""
+"""CONTRIBUTING.md's guides to new families and methods: their code, as it stands there."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import tomesd
-from tomesd.hosts import family, unets
+import tomesd.vit as tome
+from tomesd.hosts import family, unets, vits
+from tomesd.methods import merge, sample_keys
+from tomesd.methods.cost import TEXT_TOKENS
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 GUIDE = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -19,17 +24,17 @@ WIDTH = 16
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.heads = 2
+        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.n_heads = 2
 
     def forward(self, x, keys_from=None, bias=None):
         source = x if keys_from is None else keys_from
         q, k, v = (
             layer(tokens).unflatten(2, (2, -1)).transpose(1, 2)
-            for layer, tokens in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
+            for layer, tokens in ((self.query, x), (self.key, source), (self.value, source))
         )
-        mask = None if bias is None else bias[:, None]
-        return self.to_out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        mask = bias[:, None] if bias is not None and bias.dim() == 3 else bias
+        return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class AcmeBlock(nn.Module):
@@ -80,11 +85,18 @@ class AcmeUNet(nn.Module):
         return last(upsample(image), prompt)
 
 
+def code(start):
+    """The block of code in the guide that holds something."""
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    (found,) = (block for block in blocks if start in block)
+    return found
+
+
 @pytest.fixture
 def acme(monkeypatch):
-    (text,) = re.findall(r"```python\n(ImageFamily\(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-    row = eval(text, {**vars(family), **vars(unets)})
-    monkeypatch.setattr(unets, "FAMILIES", (*unets.FAMILIES, row))
+    names = {**vars(family), **vars(unets)}
+    exec(code("ImageFamily"), names)
+    monkeypatch.setattr(unets, "FAMILIES", (*unets.FAMILIES, names["ACME"]))
     torch.manual_seed(0)
     return AcmeUNet().eval()
 
@@ -105,8 +117,10 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_the_row_of_the_guide_is_all_that_a_family_takes(acme, method):
     plain = call(acme)
-    levels = [row.downsample for row in tomesd.explain(acme).rows]
-    assert levels == [1, 1, 2, 2, 1, 1]
+    rows = tomesd.explain(acme, 64, 96).rows
+    assert [row.downsample for row in rows] == [1, 1, 2, 2, 1, 1]
+    linears, products = 9 * 2 * 96 * WIDTH**2, 4 * 96 * (96 + TEXT_TOKENS) * WIDTH
+    assert rows[0].flops == linears - 2 * 2 * (96 - TEXT_TOKENS) * WIDTH**2 + products
     tomesd.apply_patch(acme, method, max_downsample=2)
     with tomesd.trace(acme) as plans:
         assert not torch.equal(call(acme), plain)
@@ -114,6 +128,79 @@ def test_the_row_of_the_guide_is_all_that_a_family_takes(acme, method):
     assert not torch.equal(call(acme, t=400.0), call(acme))
     tomesd.remove_patch(acme)
     assert torch.equal(call(acme), plain)
+
+
+def test_the_method_of_the_guide_is_all_that_a_method_takes():
+    names = {**vars(sample_keys), **vars(merge)}
+    exec(code("class Forget"), names)
+    method = names["Forget"]
+    try:
+        for name in ("sd", "svd", "ldm"):
+            case = tiny.CASES[name]
+            model = case.build()
+            plain = case(model)
+            tomesd.apply_patch(model, method(0))
+            assert torch.equal(case(model), plain)
+            tomesd.apply_patch(model, method(0.5))
+            assert not torch.equal(case(model), plain)
+            assert "Forget(0.5)" in str(tomesd.explain(model))
+            tomesd.remove_patch(model)
+            assert torch.equal(case(model), plain)
+        assert tomesd.Method.from_dict(method(0.25).to_dict()) == method(0.25)
+    finally:
+        del tomesd.Method.known["Forget"]
+
+
+class AcmeLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention, self.feed = Attention(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm(x))
+        return x + self.feed(self.norm_2(x))
+
+
+class AcmeViT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([AcmeLayer(), AcmeLayer()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_the_vision_transformer_of_the_guide(monkeypatch):
+    row = eval(code("VisionFamily"), {**vars(family), **vars(vits)})
+    monkeypatch.setattr(vits, "FAMILIES", (*vits.FAMILIES, row))
+    torch.manual_seed(0)
+    model, x = AcmeViT().eval(), torch.randn(2, 65, WIDTH)
+    plain = model(x)
+    tome.apply_patch(model, trace_source=True)
+    assert torch.equal(model(x), plain)
+    model.r = 8
+    assert not torch.equal(model(x), plain)
+    assert tome.source(model).groups == 65 - 16
+    with pytest.raises(ValueError, match=r"keys of layers\.0\.attention cannot be seen .* no key_layer"):
+        tome.apply_patch(model, metric="keys")
+    assert torch.equal(tome.remove_patch(model)(x), plain)
+    with pytest.raises(ValueError, match="the row of AcmeLayer in Acme ViT lacks middle"):
+        replace(row, blocks={"AcmeLayer": replace(row.blocks["AcmeLayer"], middle=None)})
+
+
+def test_a_part_that_does_not_return_tokens_is_named(acme, monkeypatch):
+    forward = Attention.forward
+
+    def with_more(self, x, keys_from=None, bias=None):
+        return forward(self, x), 0
+
+    monkeypatch.setattr(Attention, "forward", with_more)
+    tomesd.apply_patch(acme)
+    with pytest.raises(TypeError, match=r"attention gave a tuple, no tokens: its Part says output=None"):
+        call(acme)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

@@ -30,7 +30,7 @@ class Subject:
         remove: takes the patch off.
         inside: a module that runs in the middle of a forward.
         checkpoint: `checkpoint(model, on)` switches activation checkpointing; None: it has none.
-        compiles: whether torch.compile makes one graph of the unpatched model.
+        plain: whether the unpatched model compiles to one graph and runs in bfloat16.
         travels: whether what one forward has planned travels with it, so that several may run before a
             backward.
     """
@@ -43,7 +43,7 @@ class Subject:
     remove: Callable[[nn.Module], Any]
     inside: Callable[[nn.Module], nn.Module]
     checkpoint: Callable[[nn.Module, bool], None] | None = None
-    compiles: bool = True
+    plain: bool = True
     travels: bool = True
 
 
@@ -62,6 +62,8 @@ METHODS = {
     "stage": tomesd.MergeStage(0.5),
     "stage, proportional": tomesd.MergeStage(0.5, prop_attn=True),
 }
+# The first of each type, for laws that take long: what one does in them the others of its type do too.
+QUICK = {type(method): name for name, method in reversed(METHODS.items())}.values()
 LAYERS: dict[str, dict[str, Any]] = {
     "layers": {},
     "as ToMe": {"metric": "keys", "mode": "mean"},
@@ -81,16 +83,20 @@ def patch_vit(model: nn.Module, options: dict[str, Any], strength: float = 1) ->
 
 
 def checkpoint_unet(model: nn.Module, on: bool) -> None:
-    if not getattr(model, "_supports_gradient_checkpointing", False):
+    if getattr(model, "_supports_gradient_checkpointing", False):
+        (model.enable_gradient_checkpointing if on else model.disable_gradient_checkpointing)()
+        return
+    flags = [(m, n) for m in model.modules() for n in ("checkpoint", "use_checkpoint") if hasattr(m, n)]
+    if not flags:
         pytest.skip("the network itself cannot checkpoint")
-    (model.enable_gradient_checkpointing if on else model.disable_gradient_checkpointing)()
+    for module, name in flags:
+        setattr(module, name, on)
 
 
-def checkpoint_ldm(model: nn.Module, on: bool) -> None:
-    for module in model.modules():
-        for name in ("checkpoint", "use_checkpoint"):
-            if hasattr(module, name):
-                setattr(module, name, on)
+def fits(case: tiny.Case, method: tomesd.Method) -> bool:
+    """Whether a network can have a method."""
+    weighs = getattr(method, "prop_attn", False)
+    return (case.bias or not weighs) and (case.keys or not isinstance(method, tomesd.SampleKeys))
 
 
 def checkpoint_vit(model: nn.Module, on: bool) -> None:
@@ -104,17 +110,16 @@ def checkpoint_vit(model: nn.Module, on: bool) -> None:
 
 def subjects() -> Iterator[Subject]:
     for name, case in tiny.CASES.items():
-        compvis = name == "ldm"
         yield Subject(
             name,
             case.build,
             case,
-            {k: m for k, m in METHODS.items() if not (compvis and getattr(m, "prop_attn", False))},
+            {option: method for option, method in METHODS.items() if fits(case, method)},
             patch_unet,
             tomesd.remove_patch,
             lambda model: find_networks(model)[0].sites[0].part("attn"),
-            checkpoint_ldm if compvis else checkpoint_unet,
-            compiles=not compvis,
+            checkpoint_unet,
+            plain=case.plain,
             travels=case.travels,
         )
     for name, vit in tiny_vit.CASES.items():

@@ -3,12 +3,13 @@
 import copy
 import io
 import itertools
+import json
 import threading
 from functools import partial
 
 import pytest
 import torch
-from subjects import METHODS, SUBJECTS, Subject, gradients, traces
+from subjects import METHODS, QUICK, SUBJECTS, Subject, gradients, traces
 from torch.utils.checkpoint import checkpoint
 
 import tomesd
@@ -21,7 +22,7 @@ FEW = [
 ]
 
 # Options that compile to code of another kind.
-COMPILED = ("merge", "sample", "stage, proportional", "layers", "as ToMe")
+COMPILED = (*QUICK, "stage, proportional", "layers", "as ToMe")
 
 subjects = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
 drawing = pytest.mark.parametrize("subject", DRAWING, ids=lambda subject: subject.name)
@@ -38,7 +39,7 @@ some_options = pytest.mark.parametrize(
         pytest.param(s, o, id=f"{s.name}-{o}")
         for s in SUBJECTS.values()
         for o in s.options
-        if o in ("merge", "sample", "stage", "layers")
+        if o in (*QUICK, "layers")
     ],
 )
 
@@ -193,7 +194,7 @@ def test_checkpointing_recomputes_each_of_several_forwards_as_it_was(subject: Su
         pytest.skip("has no activation checkpointing, or passes nothing on to its blocks")
     model = subject.build().train()
     calls = ({"t": 500}, {"h": 8, "w": 32, "t": 100}, {"h": 8, "w": 8, "t": torch.tensor([7, 900])})
-    for option in ("merge", "sample", "stage, proportional"):
+    for option in (o for o in subject.options if o in QUICK or o.startswith("stage")):
         subject.patch(model, subject.options[option])
         with torch.enable_grad():
             plain = gradients(subject, model, *calls)
@@ -223,7 +224,7 @@ def test_parts_that_are_checkpointed_whole_give_the_same_gradients(subject: Subj
 
     if not all(torch.equal(a, b) for a, b in zip(*both(), strict=True) if a is not None):
         pytest.skip("the network itself cannot")
-    for option in ("merge", "sample", "stage"):
+    for option in (o for o in subject.options if o in QUICK):
         subject.patch(model, subject.options[option], max_downsample=8)
         close(*both())
 
@@ -348,6 +349,35 @@ def test_the_timestep_moves_the_partition_unless_there_is_no_seed(subject: Subje
 
 
 @drawing
+def test_explain_knows_the_tokens_of_each_block(subject: Subject):
+    """Of a row with a wrong `down`, `up` or `stages` this is what shows."""
+    model = subject.build()
+    tomesd.apply_patch(model, max_downsample=8)
+    h, w = 16, 24
+    with tomesd.trace(model) as plans:
+        subject.call(model, h, w, b=1)
+    seen = {plan.block: (plan.downsample, plan.h * plan.w) for plan in plans}
+    rows = tomesd.explain(model, 8 * h, 8 * w).rows
+    assert seen == {row.name: (row.downsample, row.before) for row in rows if row.left_alone is None}
+    assert seen
+
+
+@each_method
+def test_methods_are_plain_json_that_says_all_and_auto_and_explain_know_them(subject: Subject, option):
+    model, method = subject.build(), subject.options[option]
+    assert tomesd.Method.from_dict(json.loads(json.dumps(method.to_dict()))) == method
+    subject.patch(model, method, max_downsample=8, auto=True)
+    assert torch.isfinite(subject.call(model)).all()
+    subject.patch(model, method, max_downsample=8)
+    explanation = tomesd.explain(model, 512, 512)
+    assert explanation.saved > 0
+    assert str(method) in str(explanation)
+    for wrong, error in ((-0.1, ValueError), (1.1, ValueError), ("0.5", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="ratio"):
+            type(method)(wrong)
+
+
+@drawing
 @pytest.mark.parametrize("size", [(17, 23), (8, 24), (8, 8)], ids=str)
 def test_odd_sizes(subject: Subject, size):
     model = subject.build()
@@ -376,8 +406,8 @@ def test_levels_without_blocks_are_an_error_that_leaves_the_model_alone(subject:
 
 @drawing
 def test_runs_in_bfloat16(subject: Subject):
-    if not subject.compiles:
-        pytest.skip("CompVis' timestep embedding is float32 only")
+    if not subject.plain:
+        pytest.skip("the network itself cannot")
     model = subject.build()
     half = copy.deepcopy(model).to(torch.bfloat16)
     try:

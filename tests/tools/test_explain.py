@@ -67,6 +67,18 @@ def test_explain_of_an_unpatched_model_and_wrong_sizes():
         tomesd.explain(pipe, 512, 12.5)
 
 
+def test_explain_of_sizes_below_a_token_of_patches():
+    model = tiny.pixart()
+    with pytest.raises(ValueError, match="height must be an integer of at least 16 pixels, got 8"):
+        tomesd.explain(model, 8, 64)
+    assert tomesd.explain(model, 16, 64).rows[0].before == 4
+
+
+def test_a_ratio_of_0_counts_as_nothing():
+    unet = tomesd.apply_patch(tiny.small_unet(), 0)
+    assert "0 of 4 blocks compute less" in str(tomesd.explain(unet))
+
+
 def test_explain_counts_all_parts_of_a_stage():
     unet = tiny.small_unet()
     tomesd.apply_patch(unet, 0.5)

@@ -169,10 +169,16 @@ def test_mistakes_are_named(pipe):
     with pytest.raises(ValueError, match="nothing merges in UNet2DConditionModel: apply_patch comes first"):
         tomesd.trace(pipe).__enter__()
     tomesd.apply_patch(pipe)
-    with pytest.raises(ValueError, match=r"steps are counted from 0, got \[-1, 2\]"):
+    with pytest.raises(ValueError, match="each of steps must be at least 0, got -1"):
         tomesd.trace(pipe, steps=[2, -1]).__enter__()
-    with pytest.raises(TypeError, match=r"steps must be several, such as \[3\], got 3"):
-        tomesd.trace(pipe, steps=3).__enter__()
+    for steps in (3, 1.5, np.int64(3), "3"):
+        with pytest.raises(TypeError, match=r"steps must be several integers, such as \[0, 9\], got "):
+            tomesd.trace(pipe, steps=steps).__enter__()
+    with pytest.raises(TypeError, match=r"each of steps must be an integer, got 0\.5"):
+        tomesd.trace(pipe, steps=[0, 0.5]).__enter__()
+    with tomesd.trace(pipe, steps=[np.int64(1)]) as plans:
+        tiny.generate(pipe)
+    assert {plan.step for plan in plans} == {1}
     with pytest.raises(TypeError, match="expected a pipeline or a torch module"):
         tomesd.trace("pipe").__enter__()
 

@@ -24,21 +24,27 @@ OWNER = "_tomesd"
 class Argument:
     """A parameter of a module's forward, which callers may pass by position or by keyword.
 
-    `position` is where families have it, for a forward that does not name it. Without one, a ValueError says
-    that there is no such parameter.
+    `position` is where families have it, for a forward that names nothing (`*args, **kwargs`). Position 0 is
+    the first parameter, whatever its name. Else a ValueError says that there is no such parameter.
     """
 
     def __init__(self, module: nn.Module, name: str, position: int | None = None) -> None:
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        kinds = {parameter.kind for parameter in parameters}
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if name in names:
+            position = names.index(name)
+        elif position == 0 and names:
+            name = names[0]
+        elif position is None or inspect.Parameter.VAR_POSITIONAL not in kinds:
+            position = None
+            every = [parameter.name for parameter in parameters]
+            if name not in every and inspect.Parameter.VAR_KEYWORD not in kinds:
+                raise ValueError(
+                    f"the forward of {type(module).__name__} has no parameter {name}, only {', '.join(every)}"
+                )
         self.name = name
         self.position = position
-        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-        names = [parameter.name for parameter in parameters]
-        if name in names:
-            self.position = names.index(name)
-        elif position is None and not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            raise ValueError(
-                f"the forward of {type(module).__name__} has no parameter {name}, only {', '.join(names)}"
-            )
 
     def get(self, args: Args, kwargs: Kwargs) -> Any:
         if self.position is not None and self.position < len(args):

@@ -119,6 +119,7 @@ class NetworkHooks:
         self.has_clock = clock is not None and last is not None
         patch.before(network, self.begin)
         if clock is not None and last is not None:
+            self.given = Argument(clock, "", 0)
             patch.before(clock, self.tick)
             patch.after(last, self.end)
         else:
@@ -140,7 +141,7 @@ class NetworkHooks:
     def tick(self, clock: nn.Module, args: Args, kwargs: Kwargs) -> None:
         own = self.own.get()
         if own.step is None and torch.compiler.is_compiling():
-            own.step = Step.at(args[0])
+            own.step = Step.at(self.given.get(args, kwargs))
 
     def end(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
         # Else kept for what checkpointing recomputes. Compiled code would have to return it from each call.
@@ -247,11 +248,13 @@ class BlockHooks:
     def plan_at_attention(self, site: Site) -> None:
         """From now on plans at self-attention, by the block's input."""
         # Not at the block itself: what CompVis' checkpointing recomputes begins after it.
-        self.patch.before(site.module.get_submodule(site.block.input), self.keep)
+        first = site.module.get_submodule(site.block.input)
+        self.given = Argument(first, "", 0)
+        self.patch.before(first, self.keep)
         self.patch.before(site.module.get_submodule(site.block.attn.path), self.plan_by_input)
 
     def keep(self, part: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        self.own.get().x = args[0]
+        self.own.get().x = self.given.get(args, kwargs)
 
     def plan_by_input(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> None:
         own = self.own.get()
@@ -284,7 +287,7 @@ class BlockHooks:
             seen = "no image" if image is None else f"an image of {image.h} x {image.w}"
             raise RuntimeError(
                 f"tomesd: {self.name} was given {tokens} and {seen}: call the whole network, not a part of "
-                "it, or remove_patch first"
+                "it or a copy of a part, or remove_patch first"
             )
         assert self.plan is not None
         token_map = self.plan(x, image)

@@ -1,12 +1,10 @@
-"""One row of data for each family of vision transformers: where its blocks and their parts are.
-
-Classes are recognised by name along the MRO, so nothing third-party is imported to know a model.
-"""
+"""One row of data for each family of vision transformers: where its blocks and their parts are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -22,6 +20,13 @@ class VisionFamily(Family):
     path: str = "encoder.layers"  # the list of its blocks
     prefix: Callable[[Any], int] = lambda network: 1  # how many tokens before the patches never merge
     prop_attn: bool = True  # whether a merged token counts as many times as it has tokens, by default
+
+    def __post_init__(self) -> None:
+        for name, block in self.blocks.items():
+            needed = {"middle": block.middle, "end": block.end, "attn's bias": block.attn.bias}
+            lacks = [part for part, given in needed.items() if given is None]
+            if lacks:
+                raise ValueError(f"the row of {name} in {self.name} lacks {', '.join(lacks)}")
 
     def fits(self, module: nn.Module) -> bool:
         return super().fits(module) and submodule(module, self.path) is not None
@@ -47,25 +52,8 @@ class VisionFamily(Family):
             yield Site(name, module, block, container)
 
 
-def _none(network: Any) -> int:
-    return 0
-
-
-def _two(network: Any) -> int:
-    return 2
-
-
 def _class_and_registers(network: Any) -> int:
     return 1 + getattr(network.config, "num_register_tokens", 0)
-
-
-def _of_timm(network: Any) -> int:
-    return int(network.num_prefix_tokens)
-
-
-def _of_torchvision(network: Any) -> int:
-    # SWAG's may pool all tokens instead of having a class token; torchvision's always has one.
-    return int(getattr(network, "classifier", "token") == "token")
 
 
 TIMM = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask")
@@ -77,6 +65,7 @@ CLIP_ATTENTION = Part("self_attn", key_layer="k_proj", bias="attention_mask")
 VIT = Block("layernorm_before", ATTENTION, middle="layernorm_after", end="dropout")
 DINO = Block("norm1", ATTENTION, middle="norm2", end="drop_path")
 DINOV3 = Block("norm1", WITH_ROPE, middle="norm2", end="drop_path")
+OF_TIMM = attrgetter("num_prefix_tokens")
 CLIP = Block("layer_norm1", CLIP_ATTENTION, middle="layer_norm2", end="mlp")
 
 FAMILIES = (
@@ -90,7 +79,7 @@ FAMILIES = (
         },
         package="timm",
         path="blocks",
-        prefix=_of_timm,
+        prefix=OF_TIMM,
     ),
     VisionFamily(
         "timm Eva (EVA02, DINOv3)",
@@ -101,17 +90,20 @@ FAMILIES = (
         },
         package="timm",
         path="blocks",
-        prefix=_of_timm,
+        prefix=OF_TIMM,
     ),
     VisionFamily(
         "torchvision or SWAG VisionTransformer",
         ("VisionTransformer",),
         {"EncoderBlock": Block("ln_1", MULTIHEAD, middle="ln_2", end="mlp", tokens="input")},
         package="swag",
-        prefix=_of_torchvision,
+        # SWAG's may pool all tokens instead of having a class token; torchvision's always has one.
+        prefix=lambda network: int(getattr(network, "classifier", "token") == "token"),
     ),
     VisionFamily("transformers ViT", ("ViTModel",), {"ViTLayer": VIT}, path="layers"),
-    VisionFamily("transformers DeiT", ("DeiTModel",), {"DeiTLayer": VIT}, path="layers", prefix=_two),
+    VisionFamily(
+        "transformers DeiT", ("DeiTModel",), {"DeiTLayer": VIT}, path="layers", prefix=lambda network: 2
+    ),
     VisionFamily(
         "transformers ViTMAE", ("ViTMAEModel",), {"ViTMAELayer": VIT}, path="layers", prop_attn=False
     ),
@@ -131,7 +123,10 @@ FAMILIES = (
     ),
     VisionFamily("transformers CLIP vision", ("CLIPVisionModel",), {"CLIPEncoderLayer": CLIP}),
     VisionFamily(
-        "transformers SigLIP vision", ("SiglipVisionModel",), {"SiglipEncoderLayer": CLIP}, prefix=_none
+        "transformers SigLIP vision",
+        ("SiglipVisionModel",),
+        {"SiglipEncoderLayer": CLIP},
+        prefix=lambda network: 0,
     ),
 )
 

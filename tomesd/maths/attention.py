@@ -8,7 +8,6 @@ its speed, the same is computed by two more channels of queries and keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,9 +21,9 @@ ALIGNMENT = 8
 
 
 def take_rope(rope: Any, keep: Tensor) -> Any:
-    """The rotary embeddings `[B, heads or 1, K, D]` of the tokens `keep`, int64 `[B or 1, K]`.
+    """The rotary embeddings `[B, heads or 1, K, D]` of the tokens at positions `keep` `[B or 1, K]`.
 
-    Of all tokens: `[P, D]`, `[heads, P, D]` or `[B or 1, heads or 1, P, D]`, a tuple of such, or None.
+    Those of all tokens are `[P, D]`, `[heads, P, D]`, `[B or 1, heads or 1, P, D]`, a tuple of such, or None.
     """
     if isinstance(rope, tuple):
         return tuple(take_rope(part, keep) for part in rope)
@@ -50,27 +49,11 @@ class KeyBias(Tensor):
     """
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.scaled_dot_product_attention:
-                names = [
-                    "query",
-                    "key",
-                    "value",
-                    "attn_mask",
-                    "dropout_p",
-                    "is_causal",
-                    "scale",
-                    "enable_gqa",
-                ]
-                kwargs.update(zip(names, args, strict=False))
+                kwargs.update(zip(SDPA, args, strict=False))
                 kwargs["bias"] = kwargs.pop("attn_mask")
                 return biased_attention(**kwargs)
             out = func(*args, **kwargs)
@@ -81,18 +64,13 @@ class KeyBias(Tensor):
 
 
 def biased_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None = None, **options: Any
 ) -> Tensor:
     """`scaled_dot_product_attention` with a bias for each key, by a kernel that has none.
 
-    The query is `[B, heads, L, D]`, key and value `[B, heads, N, D]`, the bias `[B, 1 or heads, 1, N]`.
+    Args:
+        bias: added to the logits of each key, `[B, 1 or heads, 1, N]`.
+        options: `dropout_p`, `is_causal`, `enable_gqa`, as there.
     """
     d, dv = query.shape[-1], value.shape[-1]
     scale = d**-0.5 if scale is None else scale
@@ -108,13 +86,5 @@ def biased_attention(
         return torch.cat([x, *extra, zeros], dim=-1)
 
     one = query.new_ones(1)
-    out = F.scaled_dot_product_attention(
-        padded(query, one, one),
-        padded(key, high, low),
-        padded(value),
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-    )
-    return out[..., :dv]
+    query, key = padded(query, one, one), padded(key, high, low)
+    return F.scaled_dot_product_attention(query, key, padded(value), scale=scale, **options)[..., :dv]

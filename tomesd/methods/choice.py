@@ -68,7 +68,8 @@ class ByKey:
     @classmethod
     def of(cls, given: Mapping[Any, Any]) -> ByKey:
         for key in given:
-            if not isinstance(key, str) and (isinstance(key, bool) or key not in DOWNSAMPLES):
+            named = isinstance(key, str) and not key.isdigit()
+            if not named and (isinstance(key, bool) or key not in DOWNSAMPLES):
                 raise ValueError(
                     f"methods are chosen by downsample (1, 2, 4, 8) or by the name of a block, got {key!r}"
                 )

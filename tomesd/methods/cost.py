@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..hosts.family import Site
+from ..hosts.family import Site, submodule
 from ..hosts.image import Image
 from ..maths.token_map import TokenMap
 
@@ -70,10 +70,10 @@ def work_of(
                 linears += _linears(part, "left")
                 continue
             keys: Rows = TEXT_TOKENS if site.sees_text(name) else "left"
-            before = len(linears)
-            for layer, rows in (("to_q", queries), ("to_out", queries), ("to_k", keys), ("to_v", keys)):
-                linears += _linears(getattr(part, layer, None), rows)
-            heads = getattr(part, "heads", None)
+            row, before = site.block.parts[name], len(linears)
+            for layer, rows in zip(row.layers, (queries, keys, keys, queries), strict=True):
+                linears += _linears(submodule(part, layer), rows)
+            heads = getattr(part, row.heads, None)
             if heads and len(linears) > before:
                 attentions.append((queries, keys, heads, linears[before][2] // heads))
     return Work(tuple(linears), tuple(attentions), merges)

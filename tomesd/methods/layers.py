@@ -205,15 +205,23 @@ class LayerHooks:
         self.attended = Argument(attn, part.tokens, 0)
         self.bias = Argument(attn, part.bias)
         self.rope = Argument(attn, part.rope) if part.rope else None
-        self.head_dim = getattr(attn, "head_dim", 0)
+        first, middle = (site.module.get_submodule(path) for path in (block.input, block.middle))
+        self.given, self.halfway = Argument(first, "", 0), Argument(middle, "", 0)
+        self.head_dim = getattr(attn, "head_dim", None)
+        shows_keys = part.key_layer is not None and self.head_dim is not None
+        if patch.method.metric == "keys" and not shows_keys and not isinstance(attn, nn.MultiheadAttention):
+            raise ValueError(
+                f"the keys of {name}.{part.path} cannot be seen (its row has no key_layer, or "
+                f'{type(attn).__name__} no head_dim): take metric="tokens"'
+            )
         patch.sequence_first = getattr(attn, "batch_first", True) is False
         patch.before(site.module, self.enter)
-        patch.before(site.module.get_submodule(block.input), self.begin)
+        patch.before(first, self.begin)
         patch.before(attn, self.enter_attention)
         patch.after(attn, self.leave_attention, first=True)
         if part.key_layer is not None:
             patch.after(attn.get_submodule(part.key_layer), self.keep_keys)
-        patch.before(site.module.get_submodule(block.middle), self.merge)
+        patch.before(middle, self.merge)
         patch.after(site.module.get_submodule(block.end), self.unmerge)
         patch.after(site.module, self.leave, first=True)
 
@@ -239,7 +247,7 @@ class LayerHooks:
 
     def begin(self, part: nn.Module, args: Args, kwargs: Kwargs) -> None:
         # Not at the block itself: what checkpointing of transformers recomputes begins after its hooks.
-        x, schedule, own = args[0], self.patch.schedule, self.own.get()
+        x, schedule, own = self.given.get(args, kwargs), self.patch.schedule, self.own.get()
         handed, own.handed = own.handed, None
         if handed is not None and not hasattr(x, STATE):
             setattr(x, STATE, handed)  # accelerate has moved the tokens to the device of this block
@@ -305,7 +313,7 @@ class LayerHooks:
 
     def merge(self, part: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         own, patch = self.own.get(), self.patch
-        x = patch.turned(args[0])
+        x = patch.turned(self.halfway.get(args, kwargs))
         r = min(own.r, (x.shape[1] - patch.protected) // 2)
         if r <= 0:
             return None
@@ -317,7 +325,7 @@ class LayerHooks:
         size = None if own.size is None else own.size.expand(x.shape[0], -1)
         merged = token_map.merge(x, patch.method.mode, size)
         own.map, own.gain = token_map, merged - token_map.merge(x, "drop")
-        return (patch.turned(merged), *args[1:]), kwargs
+        return self.halfway.put(args, kwargs, patch.turned(merged))
 
     def unmerge(self, part: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         own, patch = self.own.get(), self.patch

@@ -171,7 +171,11 @@ class MergedPart(PartHooks):
         token_map = self.map
         if token_map.is_identity:
             return output  # perhaps of a chunk of the tokens
-        if self.output is None:
-            return token_map.unmerge(output)
-        tokens = token_map.unmerge(output[self.output])
-        return (*output[: self.output], tokens, *output[self.output + 1 :])
+        i = self.output
+        tokens = output if i is None else output[i]
+        if not isinstance(tokens, Tensor):
+            raise TypeError(
+                f"tomesd: {self.name} gave a {type(tokens).__name__}, no tokens: its Part says output={i}"
+            )
+        tokens = token_map.unmerge(tokens)
+        return tokens if i is None else (*output[:i], tokens, *output[i + 1 :])

@@ -24,6 +24,9 @@ class Method:
     known: ClassVar[dict[str, type[Method]]] = {}
 
     def __init_subclass__(cls, known: bool = True) -> None:
+        other = Method.known.get(cls.__name__, cls)
+        if other.__module__ != cls.__module__:
+            raise TypeError(f"there is a method {cls.__name__} already, in {other.__module__}")
         if known:
             Method.known[cls.__name__] = cls
 
@@ -52,11 +55,11 @@ class Method:
             raise TypeError(f"a method is described by a dict, got {type(data).__name__}")
         options = dict(data)
         name = options.pop("method", None)
-        if name not in Method.known:
+        if not isinstance(name, str) or name not in Method.known:
             raise ValueError(f"the method must be one of {', '.join(Method.known)}, got {name!r}")
         kind = Method.known[name]
         names = [option.name for option in fields(kind)]
-        unknown = [option for option in options if option not in names]
+        unknown = [str(option) for option in options if option not in names]
         if unknown:
             raise ValueError(f"{name} has no option {', '.join(unknown)}, only {', '.join(names)}")
         return kind(**options)

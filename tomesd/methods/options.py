@@ -50,7 +50,7 @@ def share(value: Any, limits: str) -> float:
     """A ratio, within the limits `"[0, 1]"` or `"[0, 1)"`."""
     ratio = number("ratio", value)
     if not 0 <= ratio <= 1 or (limits.endswith(")") and ratio == 1):
-        raise ValueError(f"ratio must be in {limits}, the share of tokens to merge, got {ratio:g}")
+        raise ValueError(f"ratio must be in {limits}, the share of tokens to save, got {ratio:g}")
     return ratio
 
 

@@ -54,6 +54,6 @@ class Recipe(Mapping[str, Method]):
         Raises:
             TypeError, ValueError: it is none, or one of its methods is wrong.
         """
-        if not isinstance(data, dict) or not isinstance(data.get("blocks"), dict):
+        if not isinstance(data, dict) or not isinstance(data.get("blocks"), dict) or len(data) > 1:
             raise TypeError(f'a recipe is described by {{"blocks": {{name: method}}}}, got {data!r:.80}')
         return Recipe({name: Method.from_dict(method) for name, method in data["blocks"].items()})

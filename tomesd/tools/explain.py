@@ -54,7 +54,7 @@ class Explanation:
             cells.append((*place, *done, row.left_alone or ""))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-        merged = sum(row.left_alone is None for row in self.rows)
+        merged = sum(row.after < row.before for row in self.rows)
         lines.append(
             f"{merged} of {len(self.rows)} blocks compute less at {self.width} x {self.height} pixels: an "
             f"estimated {self.saved:.0%} of the FLOPs of these blocks saved"
@@ -87,9 +87,10 @@ def explain(model: object, height: int | None = None, width: int | None = None) 
         width = native[1] * scale if height is None else height
     if height is None:
         height = native[0] * scale
+    least = scale * max(network.family.side(network.module) for network in networks)
     for name, side in (("height", height), ("width", width)):
-        if not isinstance(side, Integral) or isinstance(side, bool) or side < scale:
-            raise ValueError(f"{name} must be an integer of at least {scale} pixels, got {side!r}")
+        if not isinstance(side, Integral) or isinstance(side, bool) or side < least:
+            raise ValueError(f"{name} must be an integer of at least {least} pixels, got {side!r}")
     rows: list[Row] = []
     for network in networks:
         side = network.family.side(network.module)

@@ -13,6 +13,7 @@ from ..hosts.hooks import patch_of
 from ..hosts.image import Image
 from ..hosts.unets import ImageFamily, find_networks
 from ..maths.token_map import TokenMap
+from ..methods import options
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ def trace(model: object, steps: Iterable[int] | None = None) -> Iterator[list[Pl
 
     The list grows while the block is open, in the order of the calls. Compiled code is run uncompiled
     meanwhile (before torch 2.6: compiled anew), as it holds no plan that could be read. A model that is
-    patched anew meanwhile is not traced any more.
+    patched anew meanwhile is traced on, one whose patch was removed is not.
 
     Args:
         model: what was given to `apply_patch`.
@@ -53,14 +54,13 @@ def trace(model: object, steps: Iterable[int] | None = None) -> Iterator[list[Pl
             token and sample at ratio 0.5.
 
     Raises:
-        TypeError: the model is neither module nor pipeline, or `steps` is a single number.
+        TypeError: the model is neither module nor pipeline, or `steps` are no integers.
         ValueError: it holds no network of a known family, or none that is patched; a negative step.
     """
-    if isinstance(steps, int):
-        raise TypeError(f"steps must be several, such as [{steps}], got {steps}")
-    steps = None if steps is None else set(steps)
-    if steps is not None and any(step < 0 for step in steps):
-        raise ValueError(f"steps are counted from 0, got {sorted(steps)}")
+    if steps is not None:
+        if not isinstance(steps, Iterable) or isinstance(steps, str):
+            raise options.wrong_type("steps", "several integers, such as [0, 9]", steps)
+        steps = {options.integer("each of steps", step, least=0) for step in steps}
     plans: list[Plan] = []
     networks = find_networks(model)
     recorders = []

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..maths.token_map import TokenMap
+from ..methods import options
 from .trace import Plan
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def make_visualization(
         A picture of `plan.w * pixels` x `plan.h * pixels`.
 
     Raises:
-        TypeError: `img` is no PIL image, or `plan` no `Plan`.
+        TypeError: `img` is no PIL image, `plan` no `Plan`, or a number no integer.
         ValueError: an image of another shape than the tokens', a sample that is not there, no pixels.
     """
     from PIL import Image
@@ -49,15 +50,14 @@ def make_visualization(
         raise TypeError(f"img must be a PIL image, got {type(img).__name__}")
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be one of those that trace lists, got {type(plan).__name__}")
+    sample = options.integer("sample", sample)
     h, w, samples = plan.h, plan.w, plan.map.index.shape[0]
     # The last token of a row or column may reach past the image.
     if abs(img.width * h - img.height * w) >= max(img.size):
         raise ValueError(f"{w} x {h} tokens are not of an image of {img.width} x {img.height} pixels")
     if not -samples <= sample < samples:
         raise ValueError(f"sample must be in [{-samples}, {samples}), got {sample}")
-    side = max(LEAST, round(img.width / w)) if pixels is None else pixels
-    if side < 1:
-        raise ValueError(f"pixels must be at least 1, got {pixels}")
+    side = max(LEAST, round(img.width / w)) if pixels is None else options.integer("pixels", pixels, least=1)
     img = img.convert("RGB").resize((w * side, h * side))
     index, keep = plan.map.index[sample], plan.map.keep[sample]
     merged = plan.map.sizes[sample][index] > 1

@@ -28,9 +28,9 @@ def apply_patch(
         tome.apply_patch(model)
         model.r = 8
 
-    `model.r` is 0 at first and may be set at any time; `parse_r` has its forms. At most half of the tokens
-    that may merge do so in one layer. Class, distillation and register tokens never merge. A patched model
-    is patched anew.
+    `model.r` is 0 after each `apply_patch` and may be set at any time; `parse_r` has its forms. At most half
+    of the tokens that may merge do so in one layer. Class, distillation and register tokens never merge. A
+    patched model is patched anew.
 
     Args:
         model: a module of timm, torchvision, SWAG, MAE or transformers, or one that holds such.

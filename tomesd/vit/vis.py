@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..maths.token_map import TokenMap
+from ..methods import options
 from ..tools.vis import paint, to_image
 
 if TYPE_CHECKING:
@@ -28,15 +29,16 @@ def make_visualization(
         A picture of the size of `img`.
 
     Raises:
-        TypeError: the image is no PIL image.
+        TypeError: the image is no PIL image, the source no map or matrix, or `patch_size` no integer.
         ValueError: a source of several images, or one whose tokens are not the patches of this image.
     """
     from PIL import Image
 
     if not isinstance(img, Image.Image):
         raise TypeError(f"img must be a PIL image, got {type(img).__name__}")
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    if not isinstance(source, TokenMap | Tensor):
+        raise options.wrong_type("source", "a TokenMap or a matrix", source)
+    patch_size = options.integer("patch_size", patch_size, least=1)
     index = source.index if isinstance(source, TokenMap) else _index(source)
     if index.shape[0] != 1:
         raise ValueError(f"the source must be of one image, got {index.shape[0]}: pass source[i : i + 1]")
