@@ -31,14 +31,14 @@ class Argument:
     def __init__(self, module: nn.Module, name: str, position: int | None = None) -> None:
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         kinds = {parameter.kind for parameter in parameters}
-        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if name in names:
-            position = names.index(name)
-        elif position == 0 and names:
-            name = names[0]
-        elif position is None or inspect.Parameter.VAR_POSITIONAL not in kinds:
+        every = [parameter.name for parameter in parameters]
+        places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if name in places:
+            position = places.index(name)
+        elif position == 0 and places and name not in every:
+            name = places[0]
+        elif position is None or name in every or inspect.Parameter.VAR_POSITIONAL not in kinds:
             position = None
-            every = [parameter.name for parameter in parameters]
             if name not in every and inspect.Parameter.VAR_KEYWORD not in kinds:
                 raise ValueError(
                     f"the forward of {type(module).__name__} has no parameter {name}, only {', '.join(every)}"
