@@ -58,9 +58,10 @@ METHODS = {
     "merge all parts": tomesd.Merge(0.5, parts=("attn", "cross", "mlp")),
     "exact": tomesd.Merge(0.5, matching="exact"),
     "proportional": tomesd.Merge(0.5, parts=("attn", "cross"), prop_attn=True),
+    "as tomesd 0.1.3": tomesd.Merge(0.5, prop_attn=False, unmerge="copy"),
     "sample": tomesd.SampleKeys(0.5),
     "stage": tomesd.MergeStage(0.5),
-    "stage, proportional": tomesd.MergeStage(0.5, prop_attn=True),
+    "stage, not weighed": tomesd.MergeStage(0.5, prop_attn=False),
 }
 # The first of each type, for laws that take long: what one does in them the others of its type do too.
 QUICK = {type(method): name for name, method in reversed(METHODS.items())}.values()

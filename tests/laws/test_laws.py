@@ -22,7 +22,7 @@ FEW = [
 ]
 
 # Options that compile to code of another kind.
-COMPILED = (*QUICK, "stage, proportional", "layers", "as ToMe")
+COMPILED = (*QUICK, "layers", "as ToMe")
 
 subjects = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
 drawing = pytest.mark.parametrize("subject", DRAWING, ids=lambda subject: subject.name)

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import tomesd
 from tomesd import TokenMap
@@ -35,7 +36,8 @@ def test_equals_tomesd_0_1_3(case, max_downsample, theirs, options, size):
     old.apply_patch(model, use_rand=False, max_downsample=max_downsample, **theirs)
     want = case(model, *size)
     old.remove_patch(model)
-    tomesd.apply_patch(model, tomesd.Merge(matching="exact", seed=None, **options), max_downsample)
+    method = tomesd.Merge(matching="exact", seed=None, prop_attn=False, unmerge="copy", **options)
+    tomesd.apply_patch(model, method, max_downsample)
     ours = case(model, *size)
     assert (want - plain).abs().max() > 1e-3
     torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-5)
@@ -64,11 +66,18 @@ def test_proportional_attention_is_exact_where_equal_tokens_merge(monkeypatch):
     image = torch.randn(2, 16, 16)[:, :, index[0]].unflatten(2, (8, 8))
     text = torch.randn(2, 7, tiny.TEXT)
     plain = container(image, text).sample
-    for method in (tomesd.Merge(), tomesd.Merge(prop_attn=True), tomesd.MergeStage(prop_attn=True)):
+    for method in (
+        tomesd.Merge(),
+        tomesd.Merge(unmerge="copy"),
+        tomesd.MergeStage(),
+        tomesd.Merge(prop_attn=False),
+        tomesd.Merge(prop_attn=False, unmerge="copy"),
+        tomesd.MergeStage(prop_attn=False),
+    ):
         monkeypatch.setattr(type(method), "plan", lambda self, x, image: TokenMap.from_index(index, 16))
         tomesd.apply_patch(unet, method)
         error = (container(image, text).sample - plain).abs().max()
-        assert error < 1e-5 if method.prop_attn else error > 1e-3
+        assert error > 1e-3 if method.prop_attn is False else error < 1e-5
 
 
 def test_attention_that_takes_no_bias_is_refused():
@@ -76,6 +85,41 @@ def test_attention_that_takes_no_bias_is_refused():
     with pytest.raises(ValueError, match=r"of model\.diffusion_model takes no bias, which prop_attn"):
         tomesd.apply_patch(model, tomesd.Merge(prop_attn=True))
     assert {row.left_alone for row in tomesd.explain(model).rows} == {"not patched"}
+    outputs = []
+    for prop_attn in (None, False):
+        tomesd.apply_patch(model, tomesd.Merge(prop_attn=prop_attn))
+        outputs.append(tiny.CASES["ldm"](model))
+    assert torch.equal(*outputs)
+
+
+class Odd(AttnProcessor2_0):
+    """A processor that nobody knows."""
+
+
+def test_keys_weigh_by_default_where_attention_is_known_to_be_plain():
+    unet, case = tiny.small_unet(), tiny.CASES["sd"]
+    outputs = {}
+    for processor in (AttnProcessor2_0, AttnProcessor, Odd):
+        unet.set_attn_processor(processor())
+        for prop_attn in (None, True, False):
+            tomesd.apply_patch(unet, tomesd.Merge(prop_attn=prop_attn))
+            outputs[processor, prop_attn] = case(unet)
+    for processor in (AttnProcessor2_0, AttnProcessor):
+        assert torch.equal(outputs[processor, None], outputs[processor, True])
+    assert torch.equal(outputs[Odd, None], outputs[Odd, False])
+    assert not torch.equal(outputs[Odd, None], outputs[Odd, True])
+
+
+def test_a_linear_unmerge_is_exact_where_a_part_is_linear():
+    unet, case = tiny.small_unet(), tiny.CASES["sd"]
+    errors = {}
+    for block in (m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock"):
+        block.ff = torch.nn.Linear(block.ff.net[2].out_features, block.ff.net[2].out_features)
+    plain = case(unet)
+    for unmerge in ("linear", "copy"):
+        tomesd.apply_patch(unet, tomesd.Merge(parts=("mlp",), unmerge=unmerge))
+        errors[unmerge] = (case(unet) - plain).norm().item()
+    assert errors["linear"] < 0.1 * errors["copy"]
 
 
 def test_blocks_and_parts_called_alone_say_so():

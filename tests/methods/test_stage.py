@@ -18,7 +18,7 @@ def test_a_stage_adds_to_every_token_what_its_group_has_gained(matching):
     container = unet.down_blocks[2].attentions[0]  # three blocks
     assert len(container.transformer_blocks) == 3
     plain = copy.deepcopy(container.transformer_blocks)
-    tomesd.apply_patch(unet, tomesd.MergeStage(0.6, matching=matching), max_downsample=8)
+    tomesd.apply_patch(unet, tomesd.MergeStage(0.6, matching=matching, prop_attn=False), 8)
     seen = {}
     container.transformer_blocks[0].register_forward_pre_hook(
         lambda m, args, kwargs: seen.update(x=args[0], text=kwargs["encoder_hidden_states"]),

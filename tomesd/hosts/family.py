@@ -26,6 +26,7 @@ class Part:
     bias: str | None = None  # the parameter that is added to the logits of each key
     rope: str | None = None  # the parameter that holds rotary embeddings of the tokens
     key_layer: str | None = None  # the module in it that returns [B, heads, N, D] or [B, N, heads * D] keys
+    processors: tuple[str, ...] = ()  # classes of diffusers' processors that attend in the plain way
     # What it costs is known by the layers that make its queries, keys and values, the one after attention,
     # and the attribute that is the number of its heads.
     layers: tuple[str, str, str, str] = ("to_q", "to_k", "to_v", "to_out")

@@ -34,6 +34,7 @@ class Image:
     timestep: Tensor | float = 0  # a number, or a tensor of one, or of one for each image of the batch
     device: torch.device | None = None
     downsample: int = 1  # how many times smaller it is than the network's input
+    number: int | None = None  # of the step in its loop, if it is known
     tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # of `always`
     shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # of `once`
 
@@ -79,13 +80,22 @@ class Step:
     """One forward of a network: its timestep and the images so far, by level."""
 
     timestep: Tensor | float = 0
+    number: int | None = None  # in its loop, if it is known
     images: dict[int, Image] = field(default_factory=dict)
 
     @classmethod
     def at(cls, timestep: Tensor | float | None) -> Step:
-        if isinstance(timestep, Tensor):
-            timestep = timestep.detach()  # deepcopy refuses tensors that have a history
-        return cls(0 if timestep is None else timestep)
+        if not isinstance(timestep, Tensor):
+            return cls(0 if timestep is None else timestep)
+        timestep = timestep.detach()  # deepcopy refuses tensors that have a history
+        return cls(timestep, None if torch.compiler.is_compiling() else _number(timestep))
+
+
+def _number(timestep: Tensor) -> int | None:
+    """Which of a scheduler's timesteps this is: those of a loop over them are views into their tensor."""
+    one = timestep.numel() == 1 or not any(timestep.stride())
+    table = timestep.untyped_storage().nbytes() > timestep.element_size()
+    return int(timestep.storage_offset()) if one and table else None
 
 
 @dataclass(eq=False)
@@ -157,7 +167,8 @@ class NetworkHooks:
             if isinstance(timestep, Tensor) and timestep.numel() > 1:  # a video's frames have their sample's
                 each, rest = divmod(x.shape[0], timestep.numel())
                 timestep = timestep.flatten()[:1] if rest else timestep.flatten().repeat_interleave(each)
-            image = step.images[level] = Image(h, w, timestep, x.device, 2**level, self.tables)
+            made = Image(h, w, timestep, x.device, 2**level, step.number, self.tables)
+            image = step.images[level] = made
         return image
 
 
@@ -222,6 +233,7 @@ class BlockCall:
     x: Tensor | None = None  # its input, until the plan is made
     call: Call | None = None  # of its container
     map: TokenMap | None = None  # the plan
+    given: tuple[Tensor, Tensor] | None = None  # tokens of the part that runs, as they were and merged
 
 
 class BlockHooks:
@@ -271,7 +283,7 @@ class BlockHooks:
 
     def forget(self, block: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
         own = self.own.get()
-        own.x = own.call = own.map = None
+        own.x = own.call = own.map = own.given = None
 
     def call_of(self, args: Args, kwargs: Kwargs) -> Call | None:
         """The container's call, from what the block itself is given."""

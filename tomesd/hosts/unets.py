@@ -55,9 +55,16 @@ class ImageFamily(Family):
 TEXT = "encoder_hidden_states"
 CLOCK = ("time_proj", "base_time_proj")
 LAST = ("conv_out", "base_conv_out", "controlnet_mid_block")
+PLAIN = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor")
 BASIC = Block(
     "norm1",
-    Part("attn1", keys=TEXT, bias="attention_mask", sees_text="attn1.is_cross_attention"),
+    Part(
+        "attn1",
+        keys=TEXT,
+        bias="attention_mask",
+        processors=PLAIN,
+        sees_text="attn1.is_cross_attention",
+    ),
     cross=Part("attn2", keys=TEXT, bias="attention_mask", sees_text="attn2.is_cross_attention"),
     mlp=Part("ff"),
 )

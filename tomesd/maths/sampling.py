@@ -15,13 +15,19 @@ def sample_size(n: int, ratio: float) -> int:
 
 
 def sample_tokens(
-    h: int, w: int, left: int, seed: int, timestep: Tensor | float = 0, device: torch.device | None = None
+    h: int,
+    w: int,
+    left: int,
+    seed: int,
+    timestep: Tensor | float = 0,
+    device: torch.device | None = None,
+    number: int | None = None,
 ) -> TokenMap:
     """The map that keeps a random sample of `left` of the tokens of an image, spread evenly.
 
     The image of `h` x `w` tokens is cut into cells as large as leave each at least one: it keeps as many as
     every other, give or take one, while it has any; which ones is random, by `seed` and `timestep` as for
-    `cell_offsets`.
+    `cell_offsets`. With the `number` of the step, a cell keeps its tokens in turns, in a random order.
     """
     n = h * w
     if left == n:
@@ -29,11 +35,16 @@ def sample_tokens(
     side = 2
     while (grid := Grid(h, w, side, side)).cells > left:
         side *= 2
-    return TokenMap.from_pairs(n, *_thin_out(grid, n - left, seed, timestep, device))
+    return TokenMap.from_pairs(n, *_thin_out(grid, n - left, seed, timestep, device, number))
 
 
 def _thin_out(
-    grid: Grid, r: int, seed: int, timestep: Tensor | float, device: torch.device | None
+    grid: Grid,
+    r: int,
+    seed: int,
+    timestep: Tensor | float,
+    device: torch.device | None,
+    number: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Which `r` tokens leave, and the first token of each's cell, which stays: src, dst, int64 `[b, r]`.
 
@@ -44,10 +55,14 @@ def _thin_out(
     cell = (y[:, None] * grid.columns + x).flatten()
     n = cell.shape[0]
     # Number the tokens of each cell in a random order: all firsts stay, then all seconds, and so on.
-    order = (cell * RANGE + cell_offsets(n, RANGE, seed, timestep, device)).argsort(dim=1, stable=True)
-    begin = torch.searchsorted(cell.sort().values, torch.arange(grid.cells, device=device))
+    drawn = cell_offsets(n, RANGE, seed, timestep if number is None else 0, device)
+    order = (cell * RANGE + drawn).argsort(dim=1, stable=True)
+    begin = torch.searchsorted(cell.sort().values, torch.arange(grid.cells + 1, device=device))
     home = cell[order]
     place = torch.arange(n, device=device) - begin[home]
+    if number is not None:
+        used = number * ((n - r) // grid.cells)
+        order = order.gather(1, begin[home] + (place + used) % (begin[home + 1] - begin[home]))
     turn = cell_offsets(grid.cells, RANGE, seed + 1, timestep, device).gather(1, home)
     leaving = (place * RANGE + turn).argsort(dim=1, stable=True)[:, n - r :]
     return order.gather(1, leaving), order.gather(1, begin[home].gather(1, leaving))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -222,6 +224,11 @@ class TokenMap:
         index = _align(self.index, x).expand_as(x)
         out = x.new_zeros(x.shape[0], self.groups, *x.shape[2:])
         return out.scatter_reduce(1, index, x, reduce, include_self=False)
+
+
+def in_full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off, on devices that have it."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def _align(per_token: Tensor, x: Tensor) -> Tensor:

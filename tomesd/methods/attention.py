@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from ..hosts.family import Part
+from ..hosts.family import Part, submodule
 from ..hosts.hooks import Args, Argument, Kwargs
 from ..hosts.image import BlockHooks
 from ..maths.attention import key_bias
+from ..maths.moments import Layers
 from ..maths.token_map import TokenMap
 
 # Caches of diffusers that give attention's output of another step, which has other merged tokens.
 CACHES = ("pyramid_attention_broadcast", "faster_cache_block", "taylorseer_cache")
+
+
+def linear_map(layer: Any, x: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer of `width` inputs that is linear, whatever it is made of."""
+    if isinstance(layer, nn.ModuleList | nn.Sequential):
+        layer = layer[0]  # dropout comes after it
+    if type(layer) is nn.Linear:
+        return layer.weight, layer.bias
+    bias = layer(x.new_zeros(1, width))
+    return (layer(torch.eye(width, dtype=x.dtype, device=x.device)) - bias).mT, bias[0]
 
 
 class PartHooks:
@@ -27,12 +41,13 @@ class PartHooks:
         part: Part,
         kind: str,
         method: str,
-        prop_attn: bool = False,
+        prop_attn: bool | None = False,
     ) -> None:
         self.block = block
         self.kind = kind
         self.method = method
-        self.prop_attn = prop_attn and kind == "attn"
+        self.prop_attn = prop_attn
+        self.part = part
         self.name = f"{block.name}.{part.path}"
         self.output = part.output
         self.tokens = Argument(module, part.tokens, 0)
@@ -64,6 +79,32 @@ class PartHooks:
                 f"{self.method}: patch without it"
             )
 
+    def is_plain(self, attn: nn.Module) -> bool:
+        """Whether an attention is one that is known to do nothing but attend."""
+        processor = getattr(attn, "processor", None)
+        return processor is None or type(processor).__name__ in self.part.processors
+
+    def weighs(self, attn: nn.Module) -> bool:
+        """Whether its keys are to count as often as tokens have merged into them."""
+        if self.kind != "attn" or self.bias is None:
+            return False
+        return self.is_plain(attn) if self.prop_attn is None else self.prop_attn
+
+    def layers_of(self, attn: nn.Module, x: Tensor) -> Layers | None:
+        """The weights of an attention, for tokens as `x`, if it is known to do nothing but attend."""
+        names, heads = self.part.layers, getattr(attn, self.part.heads, None)
+        others = [name for name, _ in attn.named_children() if name not in names]  # norms of keys, say
+        rescaled = getattr(attn, "rescale_output_factor", 1) != 1 or getattr(
+            attn, "residual_connection", False
+        )
+        found = [submodule(attn, name) for name in names]
+        if not self.is_plain(attn) or others or rescaled or heads is None or None in found:
+            return None
+        (q, bias), (k, _), (v, _) = (linear_map(layer, x, x.shape[-1]) for layer in found[:3])
+        out, _ = linear_map(found[3], x, v.shape[0])
+        scale = getattr(attn, "scale", None) or (q.shape[0] // heads) ** -0.5
+        return Layers(q, bias, k, v, out, heads, scale)
+
     def has_own_keys(self, args: Args, kwargs: Kwargs) -> bool:
         """Whether keys are taken from other tokens already."""
         return self.keys is not None and self.keys.get(args, kwargs) is not None
@@ -86,7 +127,9 @@ class PartHooks:
         assert self.bias is not None
         return self.bias.put(args, kwargs, mask.view(*self.bias.get(args, kwargs).shape[:-1], -1))
 
-    def merge_bias(self, token_map: TokenMap, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    def merge_bias(
+        self, attn: nn.Module, token_map: TokenMap, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
         """Merges what is added to the logits of keys that merge, and weighs them by `prop_attn`.
 
         Of a mask the least visible of merged tokens decides.
@@ -97,7 +140,7 @@ class PartHooks:
         if mask is not None:
             least = -token_map.merge(-mask.float(), "amax")
             args, kwargs = self.put_mask(args, kwargs, least.to(mask.dtype))
-        if self.prop_attn:
+        if self.weighs(attn):
             assert self.bias is not None
             x = self.tokens.get(args, kwargs)
             bias = key_bias(token_map.sizes, x.dtype)[:, 0].expand(x.shape[0], -1, -1)

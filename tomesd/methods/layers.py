@@ -60,8 +60,7 @@ class MergeLayers:
 
     def __post_init__(self) -> None:
         options.boolean("trace_source", self.trace_source)
-        if self.prop_attn is not None:
-            options.boolean("prop_attn", self.prop_attn, "a bool or None")
+        options.boolean_or_none("prop_attn", self.prop_attn)
         options.one_of("metric", self.metric, get_args(Metric))
         options.one_of("mode", self.mode, get_args(Mode))
 

@@ -13,6 +13,7 @@ from ..hosts.family import Site, submodule
 from ..hosts.hooks import Args, Kwargs, Patch
 from ..hosts.image import BlockHooks, Image
 from ..maths.grid import Grid, cell_offsets
+from ..maths.linear import unmerge_linear
 from ..maths.matching import Windows, match_exact, match_windowed
 from ..maths.token_map import TokenMap
 from . import options
@@ -22,6 +23,7 @@ from .method import Method
 
 PARTS = ("attn", "cross", "mlp")
 MATCHINGS = ("windowed", "exact")
+UNMERGES = ("linear", "copy")
 
 
 class Matched(Method, known=False):
@@ -31,7 +33,7 @@ class Matched(Method, known=False):
     sy: int
     seed: int | None
     matching: Literal["windowed", "exact"]
-    prop_attn: bool
+    prop_attn: bool | None
 
     def __post_init__(self) -> None:
         sx, sy = options.integer("sx", self.sx, least=1), options.integer("sy", self.sy, least=1)
@@ -41,7 +43,7 @@ class Matched(Method, known=False):
             sy=sy,
             seed=options.integer_or_none("seed", self.seed),
             matching=options.one_of("matching", self.matching, MATCHINGS),
-            prop_attn=options.boolean("prop_attn", self.prop_attn),
+            prop_attn=options.boolean_or_none("prop_attn", self.prop_attn),
         )
 
     def check(self, network: str, sites: Sequence[Site], container: Sequence[Site]) -> None:
@@ -78,7 +80,10 @@ class Matched(Method, known=False):
 class Merge(Matched):
     """Merges similar tokens before attention and gives them back after it: tomesd's own method.
 
-        tomesd.apply_patch(pipe, tomesd.Merge(0.5, prop_attn=True))
+        tomesd.apply_patch(pipe, tomesd.Merge(0.5))
+
+    What tomesd 0.1.3 draws is `Merge(0.5, matching="exact", prop_attn=False, unmerge="copy")`, but for its
+    random numbers.
 
     Args:
         ratio: share of the tokens that merge away, in `[0, 1]`. At most `1 - 1 / (sx * sy)` of them can; a
@@ -91,8 +96,10 @@ class Merge(Matched):
             left one. No random generator is read or moved.
         matching: `"windowed"` compares tokens within windows of 16 x 16, `"exact"` over the whole image.
         prop_attn: proportional attention (Bolya et al., 2023): each key of self-attention counts as often as
-            tokens have merged into it. Nearer to the plain picture, but no longer what tomesd 0.1.3 draws.
-        unmerge: what a merged token gives back: `"copy"`, its group's result.
+            tokens have merged into it. None: wherever attention takes a bias of keys and is known to do
+            nothing but attend.
+        unmerge: what a merged token is given back: `"copy"`, its group's result, or `"linear"`, to which a
+            linear part of what tells it from its group is added (`maths/linear.py`).
 
     Raises:
         TypeError: an option of the wrong type.
@@ -107,8 +114,8 @@ class Merge(Matched):
     sy: int = 2
     seed: int | None = 0
     matching: Literal["windowed", "exact"] = "windowed"
-    prop_attn: bool = False
-    unmerge: Literal["copy"] = "copy"
+    prop_attn: bool | None = None
+    unmerge: Literal["linear", "copy"] = "linear"
 
     def __post_init__(self) -> None:
         if isinstance(self.parts, str) or not isinstance(self.parts, Sequence):
@@ -119,7 +126,7 @@ class Merge(Matched):
             raise ValueError(f"nothing to merge: parts is empty, it may hold {', '.join(PARTS)}")
         self._set(
             parts=tuple(part for part in PARTS if part in self.parts),
-            unmerge=options.one_of("unmerge", self.unmerge, ("copy",)),
+            unmerge=options.one_of("unmerge", self.unmerge, UNMERGES),
         )
         super().__post_init__()
         if self.prop_attn and "attn" not in self.parts:
@@ -143,6 +150,7 @@ class Merge(Matched):
                 if module is not None and kind in self.parts:
                     method = f'Merge with "{kind}" in its parts'
                     hooks = MergedPart(block, module, part, kind, method, self.prop_attn)
+                    hooks.linear = self.unmerge == "linear"
                     patch.before(module, hooks.enter)
                     patch.after(module, hooks.leave)
 
@@ -152,6 +160,8 @@ class Merge(Matched):
 
 class MergedPart(PartHooks):
     """Merges what goes into one part of a block, and unmerges what comes out."""
+
+    linear = False
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         token_map = self.map
@@ -164,8 +174,11 @@ class MergedPart(PartHooks):
                 f"tomesd: {self.name} was given {list(x.shape[:2])} of the block's [B, {token_map.tokens}] "
                 "tokens. Chunked feed-forward and merging it exclude each other: use one of them"
             )
-        args, kwargs = self.merge_bias(token_map, args, kwargs)
-        return self.tokens.put(args, kwargs, token_map.merge(x))
+        args, kwargs = self.merge_bias(module, token_map, args, kwargs)
+        merged = token_map.merge(x)
+        if self.linear:
+            self.block.own.get().given = x, merged
+        return self.tokens.put(args, kwargs, merged)
 
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         token_map = self.map
@@ -177,5 +190,7 @@ class MergedPart(PartHooks):
             raise TypeError(
                 f"tomesd: {self.name} gave a {type(tokens).__name__}, no tokens: its Part says output={i}"
             )
-        tokens = token_map.unmerge(tokens)
+        own = self.block.own.get()
+        given, own.given = own.given, None
+        tokens = token_map.unmerge(tokens) if given is None else unmerge_linear(token_map, *given, tokens)
         return tokens if i is None else (*output[:i], tokens, *output[i + 1 :])

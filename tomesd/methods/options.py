@@ -40,9 +40,13 @@ def boolean(name: str, value: Any, words: str = "a bool") -> bool:
     return value
 
 
-def one_of(name: str, value: Any, known: Sequence[str]) -> str:
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+def boolean_or_none(name: str, value: Any) -> bool | None:
+    return None if value is None else boolean(name, value, "a bool or None")
+
+
+def one_of(name: str, value: Any, known: Sequence[Any]) -> Any:
+    if type(value) is not type(known[0]) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
     return value
 
 

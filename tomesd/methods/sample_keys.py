@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
 from ..hosts.family import Site
 from ..hosts.hooks import Args, Kwargs, Patch
 from ..hosts.image import BlockHooks, Image
+from ..maths.moments import add_missed, missed_by_sample
 from ..maths.sampling import sample_size, sample_tokens
-from ..maths.token_map import TokenMap
+from ..maths.token_map import TokenMap, in_full_precision
 from . import options
 from .attention import PartHooks
 from .cost import Work, work_of
@@ -31,6 +33,10 @@ class SampleKeys(Method):
         ratio: in `[0, 1)`. As many products of queries and keys are left as merging this share of the tokens
             would leave: at 0.5 a quarter of the keys, at 0.9 a hundredth.
         seed: of the hash of (seed, timestep, token) that draws the sample; None for one sample in all steps.
+        moments: what is known of all keys is added where attention is known to be plain: 1, the mean of their
+            values; 2, to first order in the query, how keys and values go together; 0, nothing.
+        replacement: whether a step may draw what steps before it have drawn. False is nearer to the plain
+            picture, as errors of steps cancel; it needs a loop over a scheduler's timesteps as they are.
 
     Raises:
         TypeError: an option of the wrong type.
@@ -42,11 +48,15 @@ class SampleKeys(Method):
 
     ratio: float = 0.5
     seed: int | None = 0
+    moments: Literal[0, 1, 2] = 2
+    replacement: bool = False
 
     def __post_init__(self) -> None:
         self._set(
             ratio=options.share(self.ratio, "[0, 1)"),
             seed=options.integer_or_none("seed", self.seed),
+            moments=options.one_of("moments", self.moments, (0, 1, 2)),
+            replacement=options.boolean("replacement", self.replacement),
         )
 
     def why_skipped(self, site: Site) -> str | None:
@@ -67,14 +77,20 @@ class SampleKeys(Method):
         for site, block in blocks.items():
             block.plan_at_attention(site)
             attn = site.module.get_submodule(site.block.attn.path)
-            patch.before(attn, SampledKeys(block, attn, site.block.attn, "attn", "SampleKeys").enter)
+            hooks = SampledKeys(block, attn, site.block.attn, "attn", "SampleKeys")
+            hooks.moments = self.moments
+            patch.before(attn, hooks.enter)
+            patch.after(attn, hooks.leave)
 
     def plan(self, x: Tensor, image: Image) -> TokenMap:
         size = image.h, image.w, self.left(image.h, image.w)
-        if self.seed is None:
-            return image.always(("sample", size), lambda: sample_tokens(*size, 0, 0, image.device))
-        drawn = self.seed, image.timestep
-        return image.once(("sample", size, self.seed), lambda: sample_tokens(*size, *drawn, image.device))
+        seed, t, device = self.seed, image.timestep, image.device
+        if seed is None:
+            return image.always(("sample", size), lambda: sample_tokens(*size, 0, 0, device))
+        number = None if self.replacement else image.number
+        return image.once(
+            ("sample", size, seed, number), lambda: sample_tokens(*size, seed, t, device, number)
+        )
 
     def left(self, h: int, w: int) -> int:
         return sample_size(h * w, self.ratio)
@@ -86,6 +102,8 @@ class SampleKeys(Method):
 class SampledKeys(PartHooks):
     """One self-attention that takes keys and values from a sample of its tokens."""
 
+    moments = 0
+
     def enter(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         sample = self.map
         if sample.is_identity or self.keys is None or self.has_own_keys(args, kwargs):
@@ -95,7 +113,20 @@ class SampledKeys(PartHooks):
                 f"tomesd: {self.name} computes queries, keys and values in one layer, which SampleKeys "
                 "cannot tell apart: call unfuse_qkv_projections() first"
             )
-        mask = self.mask(args, kwargs, sample)
+        x, mask = self.tokens.get(args, kwargs), self.mask(args, kwargs, sample)
+        sampled = sample.merge(x, "drop")
         if mask is not None:
             args, kwargs = self.put_mask(args, kwargs, sample.merge(mask, "drop"))
-        return self.keys.put(args, kwargs, sample.merge(self.tokens.get(args, kwargs), "drop"))
+        elif self.moments:
+            self.block.own.get().given = x, sampled
+        return self.keys.put(args, kwargs, sampled)
+
+    def leave(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
+        own = self.block.own.get()
+        given, own.given = own.given, None
+        layers = None if given is None else self.layers_of(attn, given[0])
+        if given is None or layers is None:
+            return output
+        with in_full_precision(output):
+            missed = missed_by_sample(*given, self.map, self.moments)
+            return add_missed(output, given[0], missed, layers)

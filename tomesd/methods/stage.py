@@ -42,7 +42,7 @@ class MergeStage(Matched):
     sy: int = 2
     seed: int | None = 0
     matching: Literal["windowed", "exact"] = "windowed"
-    prop_attn: bool = False
+    prop_attn: bool | None = None
 
     def why_skipped(self, site: Site) -> str | None:
         return None
@@ -113,9 +113,9 @@ class StagedAttention(PartHooks):
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         self.refuse(module, kwargs)
         given = self.bias is not None and self.bias.get(args, kwargs) is not None
-        if self.kind != "attn" or not (given or self.prop_attn):
+        if self.kind != "attn" or not (given or self.weighs(module)):
             return args, kwargs
-        return self.merge_bias(kept_by(self.block, self.block.own.get().call).map, args, kwargs)
+        return self.merge_bias(module, kept_by(self.block, self.block.own.get().call).map, args, kwargs)
 
 
 def kept_by(block: BlockHooks, call: Call | None) -> Kept:
