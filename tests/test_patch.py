@@ -111,7 +111,7 @@ def test_wrong_descriptions_of_methods_are_named(data, error, says):
         (
             tomesd.Method,
             TypeError,
-            "Method is what all methods have in common: take Merge, SampleKeys, Merge",
+            "Method is what all methods have in common: take Merge, MergeKeys, SampleKeys",
         ),
         (lambda: Recipe([]), TypeError, "methods must be a dict of block names, got list"),
         (lambda: Recipe({}), ValueError, "a recipe needs a method for one block at least"),

@@ -3,6 +3,7 @@
 from . import merge
 from .maths.token_map import TokenMap
 from .methods.merge import Merge
+from .methods.merge_keys import MergeKeys
 from .methods.method import Method
 from .methods.recipe import Recipe
 from .methods.sample_keys import SampleKeys
@@ -18,6 +19,7 @@ __version__ = "1.0.0.dev0"
 __all__ = [
     "Explanation",
     "Merge",
+    "MergeKeys",
     "MergeStage",
     "Method",
     "Plan",

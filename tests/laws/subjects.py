@@ -60,6 +60,7 @@ METHODS = {
     "proportional": tomesd.Merge(0.5, parts=("attn", "cross"), prop_attn=True),
     "as tomesd 0.1.3": tomesd.Merge(0.5, prop_attn=False, unmerge="copy"),
     "sample": tomesd.SampleKeys(0.5),
+    "merge keys": tomesd.MergeKeys(0.5),
     "stage": tomesd.MergeStage(0.5),
     "stage, not weighed": tomesd.MergeStage(0.5, prop_attn=False),
 }
@@ -96,8 +97,9 @@ def checkpoint_unet(model: nn.Module, on: bool) -> None:
 
 def fits(case: tiny.Case, method: tomesd.Method) -> bool:
     """Whether a network can have a method."""
-    weighs = getattr(method, "prop_attn", False)
-    return (case.bias or not weighs) and (case.keys or not isinstance(method, tomesd.SampleKeys))
+    weighs = getattr(method, "prop_attn", False) or isinstance(method, tomesd.MergeKeys)
+    other_keys = isinstance(method, tomesd.SampleKeys | tomesd.MergeKeys)
+    return (case.bias or not weighs) and (case.keys or not other_keys)
 
 
 def checkpoint_vit(model: nn.Module, on: bool) -> None:

@@ -1,11 +1,15 @@
 """SampleKeys: all queries, and a random sample of the keys."""
 
+import copy
+
 import diffusers as D
 import pytest
 import tiny
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 import tomesd
+from tomesd.hosts.image import Step
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -14,7 +18,7 @@ def test_it_is_attention_of_all_tokens_to_a_sample():
     unet = tiny.small_unet()
     attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     seen = []
-    tomesd.apply_patch(unet, tomesd.SampleKeys(0.5))
+    tomesd.apply_patch(unet, tomesd.SampleKeys(0.5, moments=0))
     attn.register_forward_hook(lambda m, args, y: seen.append((args[0], y)))
     with tomesd.trace(unet) as plans:
         tiny.CASES["sd"](unet, 6, 10, b=1)
@@ -46,6 +50,87 @@ def test_samples_of_keys_are_even_new_in_each_step_and_the_same_for_all_blocks()
             samples.append(by_size[256])
         assert torch.equal(samples[0], samples[1])
         assert torch.equal(samples[0], samples[2]) != moves
+
+
+def test_steps_of_a_loop_draw_each_token_once_before_any_twice():
+    unet = tiny.small_unet()
+    table = torch.linspace(900, 100, 9)
+    for replacement, others in ((False, 256), (True, 0)):
+        tomesd.apply_patch(unet, tomesd.SampleKeys(0.5, replacement=replacement))
+        with tomesd.trace(unet) as plans:
+            for t in (*table, *(t.clone() for t in table)):
+                tiny.CASES["sd"](unet, 16, 16, t=t)
+        kept = [plan.map.keep[0] for plan in plans if plan.map.tokens == 256][::3]
+        for i in range(0, 6):
+            assert len(torch.cat(kept[i : i + 4]).unique()) >= others
+        assert not torch.equal(kept[0], kept[4]) or not replacement
+        # A timestep that is no part of a table is of no known number: samples are drawn anew.
+        assert len(torch.cat(kept[9:13]).unique()) < 256
+
+
+def test_the_number_of_a_step_is_read_where_there_is_one():
+    table = torch.arange(12.0).view(3, 4)
+    assert [Step.at(t).number for t in table[1]] == [4, 5, 6, 7]
+    assert Step.at(table[2, 1].expand(3)).number == 9
+    assert Step.at(table[0, 3][None]).number == 3
+    for t in (torch.tensor(5), torch.tensor([5]), torch.tensor([5, 5]), table[0], 5, 5.0, None):
+        assert Step.at(t).number is None
+    scheduler = D.EulerDiscreteScheduler()
+    scheduler.set_timesteps(5)
+    assert [Step.at(t).number for t in scheduler.timesteps] == [0, 1, 2, 3, 4]
+    assert [Step.at(t).number for t in scheduler.timesteps[2:]] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("method", [tomesd.SampleKeys, tomesd.MergeKeys])
+def test_moments_are_added_where_attention_is_known_to_be_plain(method):
+    unet, case = tiny.small_unet(), tiny.CASES["sd"]
+    plain = case(unet)
+    errors = {}
+    for moments in (0, 2):
+        tomesd.apply_patch(unet, method(0.5, moments=moments))
+        errors[moments] = (case(unet) - plain).norm()
+    assert errors[2] < 0.5 * errors[0]
+
+    class Odd(AttnProcessor2_0):
+        pass
+
+    outputs = []
+    for part in (Odd(), AttnProcessor2_0()):
+        unet.set_attn_processor(part)
+        for module in unet.modules():
+            if isinstance(part, AttnProcessor2_0) and hasattr(module, "attn1") and type(part) is not Odd:
+                module.attn1.norm_k = torch.nn.Identity()  # what may be between a layer and its keys
+        for moments in (0, 2):
+            tomesd.apply_patch(unet, method(0.5, moments=moments))
+            outputs.append(case(unet))
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_layers_that_are_made_of_several_count_as_what_they_compute():
+    """As those of adapters, of which a weight alone tells half."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+            self.low = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+        def forward(self, x):
+            return self.base(x) + self.low(x)
+
+    unet, case = tiny.small_unet(), tiny.CASES["sd"]
+    fused = copy.deepcopy(unet)
+    for model in (unet, fused):
+        for attn in (m.attn1 for m in model.modules() if hasattr(m, "attn1")):
+            for name in ("to_q", "to_k", "to_v"):
+                torch.manual_seed(0)
+                adapted = Adapted(getattr(attn, name))
+                if model is fused:
+                    getattr(attn, name).weight.data += adapted.low.weight
+                else:
+                    setattr(attn, name, adapted)
+        tomesd.apply_patch(model, tomesd.SampleKeys(0.5))
+    torch.testing.assert_close(case(unet), case(fused), atol=1e-5, rtol=1e-4)
 
 
 def test_it_stays_nearer_than_merging():

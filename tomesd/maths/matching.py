@@ -117,11 +117,15 @@ def match_windowed(metric: Tensor, windows: Windows, dst: Tensor, r: int) -> Tok
     value, local = (members @ unit.view(b * count, k, -1).mT).max(dim=-1)
     # Back from windows to the image: where windows overlap each token takes its own window's answer.
     local = local.view(b, -1).index_select(1, windows.slot) + windows.first
+    n, cells = metric.shape[1], dst.shape[1]
+    if r == n - cells:  # all join, and nobody has to be chosen
+        index = windows.cells.flatten().index_select(0, local.flatten()).view(b, n)
+        return TokenMap(index.scatter(1, dst, torch.arange(cells, device=dst.device).expand(b, -1)), dst)
     value = value.view(b, -1).index_select(1, windows.slot)
     # dst must rank below whatever may leave, or topk could pick one of them.
     score = _score(value, norm, bad.gather(1, local)).scatter(1, dst, -torch.inf)
     chosen = score.topk(r, dim=1, sorted=False).indices
-    return TokenMap.from_pairs(metric.shape[1], chosen, receivers.gather(1, local.gather(1, chosen)))
+    return TokenMap.from_pairs(n, chosen, receivers.gather(1, local.gather(1, chosen)))
 
 
 def _rows(x: Tensor, positions: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ class TokenMap:
     """Which group each of N tokens belongs to, and which token of each group survives.
 
     Merging reduces every group to one token, unmerging gives each token its group's value back. Groups
-    are ordered by their survivor, so tokens that merge with nothing keep their order. A map with as
-    many groups as tokens changes nothing and returns its input untouched.
+    are ordered by their survivor, so tokens that merge with nothing keep their order; where each cell of a
+    grid is a group, they are ordered by cell. A map with as many groups as tokens changes nothing and
+    returns its input untouched.
 
     Args:
         index: group of each token, int64 `[B, N]`, values in `[0, M)`. B may be 1: the map then serves

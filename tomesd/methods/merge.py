@@ -57,23 +57,28 @@ class Matched(Method, known=False):
 
     def plan(self, x: Tensor, image: Image) -> TokenMap:
         grid = Grid(image.h, image.w, self.sy, self.sx)
-        r = grid.r(self.ratio)
-        if r == 0:
-            return TokenMap.identity(x.shape[1], x.device)
-        stride = self.sx, self.sy
-        dst = image.once(("dst", *stride, self.seed), lambda: self._dst(grid, image))
-        if self.matching == "windowed":
-            windows = image.always(("windows", *stride), lambda: Windows.of(grid, device=image.device))
-            return match_windowed(x, windows, dst, r)
-        partition = image.once(("partition", *stride, self.seed), lambda: grid.partition(dst))
-        return match_exact(x, partition, r)
+        return match(x, image, grid, grid.r(self.ratio), self.seed, self.matching)
 
-    def _dst(self, grid: Grid, image: Image) -> Tensor:
-        """The dst of each cell."""
-        if self.seed is None:
+
+def match(
+    x: Tensor, image: Image, grid: Grid, r: int, seed: int | None, matching: str = "windowed"
+) -> TokenMap:
+    """Which `r` of the tokens `x` `[B, h * w, C]` merge, into one that is drawn in each cell."""
+    if r == 0:
+        return TokenMap.identity(x.shape[1], x.device)
+    stride = grid.sx, grid.sy
+
+    def draw() -> Tensor:
+        if seed is None:
             return grid.dst(torch.zeros(1, 1, dtype=torch.int64, device=image.device))
         choices = grid.sy * grid.sx
-        return grid.dst(cell_offsets(grid.cells, choices, self.seed, image.timestep, image.device))
+        return grid.dst(cell_offsets(grid.cells, choices, seed, image.timestep, image.device))
+
+    dst = image.once(("dst", *stride, seed), draw)
+    if matching == "windowed":
+        windows = image.always(("windows", *stride), lambda: Windows.of(grid, device=image.device))
+        return match_windowed(x, windows, dst, r)
+    return match_exact(x, image.once(("partition", *stride, seed), lambda: grid.partition(dst)), r)
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,0 +1,88 @@
+"""MergeKeys: every token attends to merged keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ..hosts.family import Site
+from ..hosts.hooks import Args, Kwargs
+from ..hosts.image import Image
+from ..maths.grid import Grid
+from ..maths.moments import Missed, missed_by_groups
+from ..maths.token_map import TokenMap
+from . import options
+from .keys import FewerKeys, KeysMethod
+from .merge import match
+
+
+@dataclass(frozen=True, repr=False)
+class MergeKeys(KeysMethod):
+    """Lets every token attend to keys and values of merged tokens, which count as often as they have merged.
+
+    Queries stay. Nearer to the plain picture than `SampleKeys` where attention looks at few keys, for the
+    time that matching takes.
+
+        tomesd.apply_patch(pipe, tomesd.MergeKeys(0.5))
+
+    Args:
+        ratio: in `[0, 1)`. As many products of queries and keys are left as merging this share of the tokens
+            would leave: at 0.5 a quarter of the keys, at 0.9 a hundredth.
+        seed: of the hash of (seed, timestep, cell) that picks the token that others merge into; None for
+            always the top left one of each cell.
+        moments: 2: what merging averages out of how keys and values go together is added, to first order in
+            the query, where attention is known to be plain; 0: it is not.
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range.
+
+    Source: keys and values from fewer tokens are from Smith et al., ToDo: Token Downsampling for Efficient
+    Generation of High-Resolution Images, 2024; sizes of keys from Bolya et al., Token Merging, 2023.
+    """
+
+    ratio: float = 0.5
+    seed: int | None = 0
+    moments: Literal[0, 2] = 2
+
+    def __post_init__(self) -> None:
+        self._set(
+            ratio=options.share(self.ratio, "[0, 1)"),
+            seed=options.integer_or_none("seed", self.seed),
+            moments=options.one_of("moments", self.moments, (0, 2)),
+        )
+
+    def check(self, network: str, sites: Sequence[Site], container: Sequence[Site]) -> None:
+        super().check(network, sites, container)
+        if any(site.block.attn.bias is None for site in sites):
+            raise ValueError(
+                f"self-attention of {network} takes no bias, by which MergeKeys weighs merged keys: use "
+                "SampleKeys"
+            )
+
+    def plan(self, x: Tensor, image: Image) -> TokenMap:
+        left, side = self.left(image.h, image.w), 1
+        while (grid := Grid(image.h, image.w, side, side)).cells > left:
+            side *= 2
+        return match(x, image, grid, x.shape[1] - left, self.seed)
+
+
+class MergedKeys(FewerKeys):
+    """One self-attention whose keys are merged tokens."""
+
+    def keys_of(self, x: Tensor, token_map: TokenMap) -> Tensor:
+        return token_map.merge(x)
+
+    def bias_keys(
+        self, attn: nn.Module, token_map: TokenMap, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
+        return self.merge_bias(attn, token_map, args, kwargs)
+
+    def missed(self, x: Tensor, keys: Tensor, token_map: TokenMap) -> Missed:
+        return missed_by_groups(x, keys, token_map)
+
+
+MergeKeys.hooks = MergedKeys
