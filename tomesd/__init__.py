@@ -12,6 +12,7 @@ from .patch import apply_patch, patched, remove_patch
 from .token_merger import TokenMerger
 from .tools.explain import Explanation, explain
 from .tools.trace import Plan, trace
+from .tools.tune import tune
 from .tools.vis import make_visualization
 
 __version__ = "1.0.0.dev0"
@@ -34,4 +35,5 @@ __all__ = [
     "patched",
     "remove_patch",
     "trace",
+    "tune",
 ]

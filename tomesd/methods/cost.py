@@ -145,7 +145,7 @@ def trial(
             way()
         taken: list[tuple[float, ...]] = []
         while len(taken) < ROUNDS and sum(map(sum, taken)) < PATIENCE:
-            taken.append(tuple(_seconds(way, device) for way in ways))
+            taken.append(tuple(seconds_of(way, device) for way in ways))
     plain, merged = (min(seconds) for seconds in zip(*taken, strict=True))
     return Trial(plain, merged)
 
@@ -193,7 +193,8 @@ def _ways(
     return run_all, merged
 
 
-def _seconds(way: Callable[[], object], device: torch.device) -> float:
+def seconds_of(way: Callable[[], object], device: torch.device) -> float:
+    """How long a call takes on a device."""
     _wait(device)
     begin = time.perf_counter()
     way()

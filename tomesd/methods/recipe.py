@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from .method import Method
@@ -14,14 +16,18 @@ class Recipe(Mapping[str, Method]):
         recipe = tomesd.Recipe({"unet.mid_block.attentions.0.transformer_blocks.0": tomesd.Merge(0.25)})
         tomesd.apply_patch(pipe, recipe)
 
-    Blocks that it does not name are left alone. It cannot be changed.
+    Blocks that it does not name are left alone. It cannot be changed. `print` shows it as a table.
+
+    Args:
+        methods: the method of each block.
+        about: what is known of it, such as what `tune` has measured: plain JSON.
 
     Raises:
         TypeError: these are no names and methods.
         ValueError: there are none.
     """
 
-    def __init__(self, methods: Mapping[str, Method]) -> None:
+    def __init__(self, methods: Mapping[str, Method], about: Mapping[str, Any] | None = None) -> None:
         if not isinstance(methods, Mapping):
             raise TypeError(f"methods must be a dict of block names, got {type(methods).__name__}")
         for name, method in methods.items():
@@ -30,6 +36,7 @@ class Recipe(Mapping[str, Method]):
         if not methods:
             raise ValueError("a recipe needs a method for one block at least")
         self._methods = dict(methods)
+        self.about: dict[str, Any] = dict(about or {})
 
     def __getitem__(self, name: str) -> Method:
         return self._methods[name]
@@ -43,9 +50,30 @@ class Recipe(Mapping[str, Method]):
     def __repr__(self) -> str:
         return f"Recipe({self._methods!r})"
 
+    def __str__(self) -> str:
+        wide = max(map(len, self._methods))
+        lines = [f"{name:{wide}}  {method}" for name, method in self.items()]
+        if self.about:
+            lines.append(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.about.items()))
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the recipe to a file, as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path) -> Recipe:
+        """Reads what `save` has written. Files of strangers are safe: there is no code in them.
+
+        Raises:
+            OSError, ValueError, TypeError: it cannot be read, is no JSON, or no recipe.
+        """
+        return Recipe.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON, for `Recipe.from_dict`."""
-        return {"blocks": {name: method.to_dict() for name, method in self.items()}}
+        about = {"about": self.about} if self.about else {}
+        return {"blocks": {name: method.to_dict() for name, method in self.items()}, **about}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Recipe:
@@ -54,6 +82,9 @@ class Recipe(Mapping[str, Method]):
         Raises:
             TypeError, ValueError: it is none, or one of its methods is wrong.
         """
-        if not isinstance(data, dict) or not isinstance(data.get("blocks"), dict) or len(data) > 1:
+        known = isinstance(data, dict) and set(data) <= {"blocks", "about"}
+        if not known or not isinstance(data.get("blocks"), dict):
             raise TypeError(f'a recipe is described by {{"blocks": {{name: method}}}}, got {data!r:.80}')
-        return Recipe({name: Method.from_dict(method) for name, method in data["blocks"].items()})
+        return Recipe(
+            {name: Method.from_dict(method) for name, method in data["blocks"].items()}, data.get("about")
+        )

@@ -1,0 +1,169 @@
+"""Finds a method for each transformer of a pipeline, by measuring on its own weights, and writes a recipe.
+
+    python -m tomesd tune --speed 2 --out recipe.json                the model of the checkout
+    python -m tomesd tune OWNER/MODEL --error 0.01 --out recipe.json --plot frontier.png
+    python -m tomesd tune OWNER/MODEL --psnr 45 --prompts-file prompts.txt --dtype fp16
+
+    tomesd.apply_patch(pipe, tomesd.Recipe.load("recipe.json"))
+
+It takes as long as some hundred steps of the network. What was measured is kept, so a run that was stopped
+goes on where it was, and another wish for the same model, size and steps is answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..tools import tune
+from . import common
+from .common import UserError, guarded, need, positive
+from .pipelines import (
+    EMOJI_MODEL,
+    SHORT,
+    check_model,
+    check_pipeline_size,
+    load_pipeline,
+    pick_device,
+    pick_dtype,
+)
+
+PROGRAM = "python -m tomesd tune"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = common.Parser(PROGRAM, __doc__)
+    parser.add_argument("model", nargs="?", help="folder or hub id (examples/emoji-model of a checkout)")
+    wish = parser.add_mutually_exclusive_group()
+    wish.add_argument("--speed", type=float, help="how many times as fast as plain, with the least error (2)")
+    wish.add_argument("--error", type=float, help="relative error of the network's output, in the least time")
+    wish.add_argument("--psnr", type=float, help="of pictures against plain ones in dB, in the least time")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the recipe there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="error over speed of all best choices")
+    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="what to draw, one a line, a few")
+    parser.add_argument("--size", type=common.size, help="512 or 1024x576, in pixels (the model's own)")
+    parser.add_argument("--steps", type=positive, default=20, help="of the sampler (20)")
+    parser.add_argument("--dtype", choices=("auto", *SHORT), default="auto", help="(fp16 on cuda, else fp32)")
+    parser.add_argument("--device", default="auto", help="(the best there is)")
+    parser.add_argument("--threads", type=positive, help="CPU threads of torch")
+    cache = common.CACHE / "tune"
+    parser.add_argument("--cache", type=Path, default=cache, metavar="FOLDER", help=f"({cache})")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is kept there")
+    return parser
+
+
+def prompts_of(args: argparse.Namespace) -> list[str] | None:
+    """What to draw: a few names of a model that has some, else the defaults of `tune`."""
+    if args.prompts_file:
+        try:
+            lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"argument --prompts-file: {error}") from error
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f"argument --prompts-file: {args.prompts_file} is empty")
+        return prompts
+    names = Path(args.model) / "names.txt"
+    if not names.is_file():
+        return None
+    known = names.read_text(encoding="utf-8").splitlines()
+    return [known[len(known) // 3].split(" / ")[0], known[2 * len(known) // 3].split(" / ")[0]]
+
+
+def cache_file(args: argparse.Namespace, prompts: list[str] | None) -> Path:
+    """Where trials of the same model, settings and sources are kept."""
+    model, package = Path(args.model), Path(tune.__file__).parents[1]
+    weights = sorted(file for file in model.rglob("*") if file.suffix in (".safetensors", ".bin", ".json"))
+    about = {
+        "model": args.model,
+        "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
+        "settings": [prompts, args.size, args.steps, args.dtype, str(args.device), torch.get_num_threads()],
+        "torch": torch.__version__,
+        "sources": [
+            hashlib.sha256(file.read_bytes()).hexdigest()
+            for room in ("maths", "hosts", "methods", "tools")
+            for file in sorted((package / room).glob("*.py"))
+        ],
+    }
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+    return Path(args.cache) / f"{model.name}-{digest}.json"
+
+
+def known_trials(file: Path, args: argparse.Namespace) -> dict[str, tune.Trial]:
+    if args.fresh or not file.is_file():
+        return {}
+    return {key: tune.Trial(*trial) for key, trial in json.loads(file.read_text(encoding="utf-8")).items()}
+
+
+def draw(tuning: tune.Tuning, about: dict[str, Any] | None) -> Any:
+    """A figure of matplotlib: the error that each speed costs at least, and what was measured of a recipe."""
+    figure = need("matplotlib.figure").Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    choices = [c for c in tuning.choices(tune.METHODS) if c.error > 0]
+    axis.plot([tuning.speed(c) for c in choices], [math.sqrt(c.error) for c in choices], label="expected")
+    if about:
+        axis.plot([about["speed"]], [about["error"]], "o", color="C3", label="this recipe, measured")
+    axis.set_yscale("log")
+    axis.set_xlabel(f"speed of {tuning.network}, plain = 1")
+    axis.set_ylabel("relative error of its output")
+    axis.grid(color="0.92")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    return figure
+
+
+def run(args: argparse.Namespace) -> int:
+    for option in ("out", "plot"):
+        common.check_parent(getattr(args, option), f"--{option}")
+    wishes = {
+        name: value for name in ("speed", "error", "psnr") if (value := getattr(args, name)) is not None
+    }
+    try:
+        wish = tune.Wish.of(wishes)
+    except ValueError as error:
+        raise UserError(f"argument --{error}") from None
+    args.model = args.model or str(EMOJI_MODEL)
+    check_model(args.model)
+    args.device = pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    prompts = prompts_of(args)
+    pipe = load_pipeline(args.model, args.device, pick_dtype(args.dtype, args.device))
+    check_pipeline_size(pipe, args.size)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # it would blacken pictures that are to be compared
+    pipe.set_progress_bar_config(disable=True)
+    width, height = args.size or (None, None)
+    try:
+        tuning = tune.record(pipe, prompts, height, width, args.steps)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{args.model} cannot be tuned: {common.first_line(error)}") from None
+    file = cache_file(args, prompts)
+    tuning.trials = known_trials(file, args)
+    for _ in tune.measure(tuning, tune.METHODS):
+        with common.whole(file) as part:
+            part.write_text(json.dumps(tuning.trials), encoding="utf-8")
+    failed = recipe = None
+    try:
+        recipe = tune.solve(tuning, tune.METHODS, wish)
+        print(recipe)
+    except ValueError as error:
+        failed = str(error)
+    if recipe is not None and args.out:
+        recipe.save(args.out)
+    if args.plot:
+        draw(tuning, None if recipe is None else recipe.about).savefig(args.plot, dpi=150)
+    if failed:
+        raise UserError(failed)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return guarded(PROGRAM, lambda: run(make_parser().parse_args(arguments)))
