@@ -27,7 +27,7 @@ part() {
             ;;
         compiled)
             speed --csv "$folder/compiled.csv" --level unet --compile --sizes 512 1024 2048 --rounds 5 \
-                --ways ideal windowed prop-attn keys ideal-stage stage
+                --ways ideal windowed 0.1.3 keys merge-keys ideal-stage stage
             ;;
         ops) bench ops --device cuda --dtype bfloat16 ;;
         vit) bench vit --device cuda --csv "$folder/vit.csv" --plot "$folder/vit.png" ;;

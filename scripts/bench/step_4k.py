@@ -35,10 +35,10 @@ from tomesd.commands.common import (
     smooth,
     timed,
 )
-from tomesd.commands.models import Block, Setting
+from tomesd.commands.models import Setting
 from tomesd.commands.pipelines import EMOJI_MODEL
 from tomesd.commands.runs import Run, patched
-from tomesd.commands.ways import patch_block
+from tomesd.hosts.image import Image
 from tomesd.hosts.unets import find_networks
 from tomesd.methods.merge import Merge
 
@@ -93,11 +93,8 @@ def time_steps(runs: list[Run], inputs: tuple[Any, ...], rounds: int) -> None:
 def time_plan(channels: int, h: int, w: int, batch: int) -> None:
     """Prints what it takes to find out which of `h` x `w` tokens merge."""
     tokens = smooth(batch, channels, h, w).flatten(2).mT.contiguous()
-    planner = Block(nn.Identity())
-    patch_block(planner, Merge(0.75), h, w)
-    assert planner.plan is not None
     with memory.Peak("cpu") as peak:
-        _, seconds = timed(partial(planner.plan, tokens), "cpu")
+        _, seconds = timed(partial(Merge(0.75).plan, tokens, Image(h, w)), "cpu")
     print(f"one plan: {seconds:.2f} s, {mib(peak)} beyond {tokens.nbytes / 2**20:.0f} MiB of tokens")
 
 

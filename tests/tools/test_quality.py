@@ -134,7 +134,7 @@ def test_other_pipelines_and_scales_of_latents(tmp_path):
     tiny.peer("tomesd", alias="tomesd_0_1_3")
     tiny.sdxl().save_pretrained(tmp_path / "xl")
     (tmp_path / "prompts.txt").write_text("a cat\n\n a dog \n")
-    chosen = ["stage", "stage-prop-attn", "tomesd-0.1.3", "todo"]
+    chosen = ["stage", "stage-0.1.3", "tomesd-0.1.3", "todo"]
     rows = compare(
         *(tmp_path / "q.csv", "--model", tmp_path / "xl", "--cache", tmp_path, *FEW, "--size", "128"),
         *("--prompts-file", tmp_path / "prompts.txt", "--ways", *chosen, "--prompts", "1"),

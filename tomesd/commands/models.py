@@ -164,15 +164,20 @@ class Setting:
 
 
 class Block(nn.Module):
-    """One self-attention; through what a `plan` merges, or with the `keys` that are picked, if any."""
+    """One self-attention, as what is patched of a transformer block.
+
+    Rivals merge by a `plan`, or pick `keys`.
+    """
 
     def __init__(self, attn1: nn.Module) -> None:
         super().__init__()
+        self.norm1 = nn.Identity()
         self.attn1 = attn1
         self.plan: Callable[[Tensor], Any] | None = None
         self.keys: Callable[[Tensor], Tensor] | None = None
 
-    def forward(self, x: Tensor) -> tuple[Tensor]:
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
+        x = self.norm1(hidden_states)
         if self.keys is not None:
             return (self.attn1(x, encoder_hidden_states=self.keys(x)),)
         if self.plan is None:

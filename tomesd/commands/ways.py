@@ -10,13 +10,18 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..hosts.image import Image
+from ..hosts.family import Site
+from ..hosts.hooks import Patch
+from ..hosts.image import BlockHooks, Call, Image
+from ..hosts.unets import BASIC, FAMILIES
 from ..methods.merge import Merge
+from ..methods.merge_keys import MergeKeys
 from ..methods.method import Method
 from ..methods.sample_keys import SampleKeys
 from ..methods.stage import MergeStage
@@ -87,15 +92,14 @@ class IdealStage(MergeStage, known=False):
 
 
 def patch_block(block: Block, method: Method, h: int, w: int) -> None:
-    """Makes one self-attention on an image of `h` x `w` tokens compute by a method."""
-
-    def plan(x: Tensor) -> Any:
-        return method.plan(x, Image(h, w, device=x.device))
-
-    if isinstance(method, SampleKeys):
-        block.keys = lambda x: plan(x).merge(x, "drop")
-    else:
-        block.plan = plan
+    """Makes one self-attention on an image of `h` x `w` tokens compute by a method, as in a network."""
+    site = Site("block", block, BASIC, block)
+    device, tables = next(block.parameters()).device, {}  # type: ignore[var-annotated]
+    patch, no_carrier = Patch(), next(row for row in FAMILIES if row.carrier is None)
+    container: Any = SimpleNamespace(unpassed=lambda: Call(Image(h, w, device=device, tables=tables)))
+    hooks = BlockHooks(patch, container, site, no_carrier)
+    hooks.plan = method.plan
+    method.attach({site: hooks}, patch)
 
 
 def uncut(make: Make, ratio: float) -> Method:
@@ -149,26 +153,48 @@ def own(
     return Way(explains, colour, patch, block, ideal)
 
 
+IDEAL_STAGE = partial(IdealStage, prop_attn=False)
+
 # In the order in which they run: errors are distances from plain's output, so it is the first. Ideals have
 # the colour of what they limit.
 WAYS: Ways = {
     "plain": Way("fused attention on all tokens", "0.55", lambda network, setting: None, block=True),
-    "ideal": own("tokens cut by slicing, given back by repetition", "C0", IdealMerge, "ideal", block=True),
+    "ideal": own(
+        "tokens cut by slicing, given back by repetition",
+        "C0",
+        partial(IdealMerge, prop_attn=False, unmerge="copy"),
+        "ideal",
+        block=True,
+    ),
     "exact": own(
         'matching="exact", in the whole image', "C9", partial(Merge, matching="exact"), "ideal", block=True
     ),
-    "windowed": own("the default: matching in windows", "C0", Merge, "ideal", block=True),
-    "prop-attn": own("keys weigh as much as they merged", "C3", partial(Merge, prop_attn=True), "ideal"),
-    "keys": own("all queries, and a sample of the keys", "k", SampleKeys, block=True),
+    "windowed": own("the default: Merge, matched in windows", "C0", Merge, "ideal", block=True),
+    "copy": own('unmerge="copy"', "C3", partial(Merge, unmerge="copy"), "ideal", block=True),
+    "0.1.3": own(
+        'prop_attn=False, unmerge="copy": as tomesd 0.1.3, in windows',
+        "tan",
+        partial(Merge, prop_attn=False, unmerge="copy"),
+        "ideal",
+        block=True,
+    ),
+    "keys": own("SampleKeys: all queries, and a sample of the keys", "k", SampleKeys, block=True),
+    "keys-alone": own(
+        "SampleKeys(moments=0, replacement=True): nothing but a sample",
+        "0.4",
+        partial(SampleKeys, moments=0, replacement=True),
+        block=True,
+    ),
+    "merge-keys": own("MergeKeys: all queries, and merged keys", "C4", MergeKeys, block=True),
     "all-levels": own("max_downsample=8: may cost more than it saves", "C7", Merge, levels=up_to(8)),
     "auto": own("the same with auto=True: only where it pays", "C8", Merge, levels=up_to(8), auto=True),
-    "ideal-stage": own("as ideal, for all blocks of a transformer", "C1", IdealStage, "ideal-stage"),
+    "ideal-stage": own("as ideal, for all blocks of a transformer", "C1", IDEAL_STAGE, "ideal-stage"),
     "stage": own("merged once for all blocks of a transformer", "C1", MergeStage, "ideal-stage"),
-    "stage-prop-attn": own(
-        "the same with prop_attn=True", "gold", partial(MergeStage, prop_attn=True), "ideal-stage"
+    "stage-0.1.3": own(
+        "the same with prop_attn=False", "gold", partial(MergeStage, prop_attn=False), "ideal-stage"
     ),
     "ideal-stage-4": own(
-        "as ideal-stage, with max_downsample=4", "C3", IdealStage, "ideal-stage-4", levels=up_to(4)
+        "as ideal-stage, with max_downsample=4", "C3", IDEAL_STAGE, "ideal-stage-4", levels=up_to(4)
     ),
     "stage-4": own(
         "stage with max_downsample=4, for SDXL", "C3", MergeStage, "ideal-stage-4", levels=up_to(4)
@@ -177,7 +203,7 @@ WAYS: Ways = {
     "ideal-4k-stage": own(
         "as ideal-stage, at the two finest levels",
         "saddlebrown",
-        IdealStage,
+        IDEAL_STAGE,
         "ideal-4k-stage",
         levels=two_finest,
     ),
