@@ -9,6 +9,7 @@ COMMANDS = {
     "quality": "`python -m tomesd quality`, with the rivals and DINOv2",
     "plot": "`python -m tomesd plot`, with the rivals",
     "vit": "speed of vision transformers against plain and ideal ones",
+    "attention": "error of self-attention by each method, on real weights",
     "ops": "the hot operations against other ways to compute the same",
     "count": "FLOPs and memory of a step of a UNet, without computing it",
     "step-4k": "one step of the shipped model on the tokens of a 4K picture",
