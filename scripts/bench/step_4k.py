@@ -85,7 +85,7 @@ def time_steps(runs: list[Run], inputs: tuple[Any, ...], rounds: int) -> None:
                 output = run.time((inputs, {}), "cpu")
             plain = output if run.name == "plain" else plain
             if turn == rounds - 1:
-                off = "" if plain is None else f", error {float((output - plain).norm() / plain.norm()):.3f}"
+                off = "" if plain is None else f", error {float((output - plain).norm() / plain.norm()):#.2g}"
                 print(f"{run.name}: {min(run.seconds):.2f} s, {mib(peak)}{off}", flush=True)
             del output
 

@@ -2,13 +2,18 @@
 
 import csv
 
+import attention
 import count
+import pytest
 import step_4k
 import tiny
 import torch
 import vit
+from diffusers.models.attention_processor import Attention
 
 from tomesd.commands import memory, models
+from tomesd.commands.common import smooth
+from tomesd.maths.moments import Layers
 
 
 def test_what_a_step_costs_is_counted():
@@ -55,6 +60,29 @@ def test_the_old_release_is_left_out_where_its_similarities_do_not_fit(monkeypat
     _, old, ours, _ = capsys.readouterr().out.strip().split("\n")
     assert old.startswith("tomesd 0.1.3: skipped: needs about")
     assert ours.startswith("4k: ")
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_each_method_errs_as_it_should_on_an_attention(prefix):
+    torch.manual_seed(0)
+    attn = Attention(16, heads=2, dim_head=8, bias=True).eval()
+    block = smooth(2, 16, 16, 16).flatten(2).mT
+    block = torch.cat([torch.randn(2, prefix, 16), block], 1)
+    x = torch.nn.functional.layer_norm(block, (16,))
+    out = attn.to_out[0]
+    layers = Layers(
+        attn.to_q.weight, attn.to_q.bias, attn.to_k.weight, attn.to_v.weight, out.weight, 2, 8**-0.5
+    )
+    biases = attn.to_k.bias, attn.to_v.bias, out.bias
+    case = attention.Case("tiny", block, x, layers, biases, 16, 16, 5, prefix)
+    with torch.no_grad():
+        torch.testing.assert_close(case.attend(x), attn(x))
+        errors = attention.errors_of([case], {**attention.WAYS, **attention.FITS}, [0.5])
+    assert all(0 < error < 1 for (error,) in errors.values())
+    error = {name: error for (_, _, name), (error,) in errors.items()}
+    assert error["Merge"] < error['Merge, unmerge="copy"']
+    assert error["SampleKeys"] < error["SampleKeys, moments=0"]
+    assert error["MergeKeys"] < error["MergeKeys, moments=0"]
 
 
 def test_a_vision_transformer_is_timed_in_each_way(tmp_path, capsys):
