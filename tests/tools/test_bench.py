@@ -39,7 +39,7 @@ def test_every_way_is_measured(level, tmp_path, capsys):
     call = ["--level", level, "--sizes", size, "--dtypes", "float32"]
     rows = bench_tiny(tmp_path / "b.csv", *call, ways=rivals.ALL)
     assert [row["way"] for row in rows] == at(level, rivals.ALL)
-    assert len(rows) == {"block": 8, "unet": 19}[level]
+    assert len(rows) == {"block": 12, "unet": 22}[level]
     for row in rows:
         assert row["note"] == ""
         assert row["size"] == size

@@ -13,7 +13,8 @@ import tomesd
 from tomesd import Merge, Recipe, SampleKeys
 from tomesd.commands import tune as command
 from tomesd.tools import tune
-from tomesd.tools.tune import Choice, Trial, Tuning, Unit, Wish
+from tomesd.tools.trials import Choice, Trial, Tuning, Unit
+from tomesd.tools.tune import Wish
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 METHODS = (Merge(0.5), SampleKeys(0.5))

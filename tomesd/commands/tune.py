@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..tools import tune
+from ..tools import trials, tune
 from . import common
 from .common import UserError, guarded, need, positive
 from .pipelines import (
@@ -96,13 +96,13 @@ def cache_file(args: argparse.Namespace, prompts: list[str] | None) -> Path:
     return Path(args.cache) / f"{model.name}-{digest}.json"
 
 
-def known_trials(file: Path, args: argparse.Namespace) -> dict[str, tune.Trial]:
+def known_trials(file: Path, args: argparse.Namespace) -> dict[str, trials.Trial]:
     if args.fresh or not file.is_file():
         return {}
-    return {key: tune.Trial(*trial) for key, trial in json.loads(file.read_text(encoding="utf-8")).items()}
+    return {key: trials.Trial(*trial) for key, trial in json.loads(file.read_text(encoding="utf-8")).items()}
 
 
-def draw(tuning: tune.Tuning, about: dict[str, Any] | None) -> Any:
+def draw(tuning: trials.Tuning, about: dict[str, Any] | None) -> Any:
     """A figure of matplotlib: the error that each speed costs at least, and what was measured of a recipe."""
     figure = need("matplotlib.figure").Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
