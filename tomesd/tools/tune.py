@@ -30,7 +30,8 @@ from .trials import ROUNDS, Tuning, measure, record
 # What each transformer is tried with.
 METHODS: tuple[Method, ...] = (
     *(Merge(ratio) for ratio in (0.5, 0.75)),
-    *(SampleKeys(ratio) for ratio in (0.5, 0.75, 0.9)),
+    Merge(0.75, parts=("attn", "cross")),
+    *(SampleKeys(ratio) for ratio in (0.5, 0.75, 0.9, 0.95)),
     *(MergeKeys(ratio) for ratio in (0.5, 0.75)),
     *(MergeStage(ratio) for ratio in (0.5, 0.75)),
 )
