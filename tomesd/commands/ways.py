@@ -185,7 +185,7 @@ WAYS: Ways = {
         partial(SampleKeys, moments=0, replacement=True),
         block=True,
     ),
-    "merge-keys": own("MergeKeys: all queries, and merged keys", "C4", MergeKeys, block=True),
+    "merge-keys": own("MergeKeys: all queries, and merged keys", "C2", MergeKeys, block=True),
     "all-levels": own("max_downsample=8: may cost more than it saves", "C7", Merge, levels=up_to(8)),
     "auto": own("the same with auto=True: only where it pays", "C8", Merge, levels=up_to(8), auto=True),
     "ideal-stage": own("as ideal, for all blocks of a transformer", "C1", IDEAL_STAGE, "ideal-stage"),

@@ -22,7 +22,8 @@ from ..methods.recipe import Recipe
 from ..patch import patched
 
 PROMPTS = ("a photograph of a cat", "a painting of a house by the sea")
-RECORDED = 3  # steps of a run
+# How many steps that follow each other are recorded, in the middle of a run.
+RECORDED = 4
 ROUNDS = 3
 # Of the finest level, by which work is compared.
 TOKENS = 4096
@@ -70,7 +71,7 @@ class Tuning:
     pipe: Any
     network: ImageNetwork
     units: list[Unit]
-    calls: list[Call]  # recorded ones of the network
+    calls: list[Call]  # recorded ones of the network, of steps that follow each other
     guidance: float  # 1: none
     draw: Callable[[], Any]  # pictures
     inputs: dict[str, Call] = field(default_factory=dict)  # a recorded call of each unit, by its first block
@@ -89,10 +90,13 @@ class Tuning:
         return without + self.guidance * (text - without)
 
     def error(self) -> float:
-        """Mean square of the relative error of the network as it is patched now."""
-        pairs = zip(self.outputs(), self.plain, strict=True)
-        squares = [((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)) ** 2 for a, b in pairs]
-        return float(torch.cat(squares).mean())
+        """Mean square of the relative error of the network as it is patched now, over steps that follow.
+
+        Their errors are summed first: those that repeat add up in a picture, those that cancel do not.
+        """
+        plain = torch.stack(self.plain)
+        apart = torch.stack(self.outputs()).sub(plain).sum(0).flatten(1).norm(dim=1)
+        return float((apart / plain.transpose(0, 1).flatten(1).norm(dim=1)).square().mean())
 
     def choices(self, methods: Sequence[Method]) -> list[Choice]:
         """The best choices for all transformers: of the more time, the less error."""
@@ -183,12 +187,13 @@ def record(
         raise ValueError(f"nothing was drawn: {', '.join(map(str, networks))} did not run")
     network = calls[-1][0]
     own = [(call, parts) for of, call, parts in calls if of is network]
-    some = sorted({round(i * (len(own) - 1) / (RECORDED - 1)) for i in range(RECORDED)})
-    tuning = Tuning(pipe, network, units[network], [own[i][0] for i in some], guidance_of(pipe), draw)
-    tuning.inputs = own[some[len(some) // 2]][1]
+    first = max(0, len(own) - RECORDED) // 2
+    own = own[first : first + RECORDED]
+    tuning = Tuning(pipe, network, units[network], [call for call, _ in own], guidance_of(pipe), draw)
+    tuning.inputs = own[-1][1]
     with torch.no_grad():
         tuning.plain = tuning.outputs()
-        tuning.seconds = least(tuning.outputs, tuning.plain[0].device) / len(some)
+        tuning.seconds = least(tuning.outputs, tuning.plain[0].device) / len(own)
     return tuning
 
 
