@@ -40,14 +40,16 @@ def unmerge_linear(token_map: TokenMap, x: Tensor, merged: Tensor, y: Tensor) ->
     base = token_map.unmerge(y)
     if token_map.is_identity or token_map.groups < 3:
         return base
-    apart = (x - token_map.unmerge(merged)).to(y.dtype)
+    # In place, as each of these has the size of all tokens.
+    apart = token_map.unmerge(merged).neg_().add_(x).to(y.dtype)
     with in_full_precision(x):
-        return torch.baddbmm(base, apart, fit(merged, y).to(y.dtype))
+        return base.baddbmm_(apart, fit(merged, y).to(y.dtype))
 
 
 def fit(x: Tensor, y: Tensor) -> Tensor:
     """The linear map `[B, C, D]` that makes `y` `[B, M, D]` of `x` `[B, M, C]` but for a constant, or 0."""
-    sample = torch.cat([x, y], dim=2)[:, :: -(-x.shape[1] // SAMPLE)]
+    some = slice(None, None, -(-x.shape[1] // SAMPLE))
+    sample = torch.cat([x[:, some], y[:, some]], dim=2)
     sample = sample[:, : sample.shape[1] // 3 * 3].to(torch.promote_types(sample.dtype, torch.float32))
     thirds = (sample - sample.mean(1, keepdim=True)).unflatten(1, (-1, 3))
     inputs, outputs = thirds[:, :, :2].flatten(1, 2).tensor_split([x.shape[2]], dim=2)

@@ -91,7 +91,7 @@ def add_missed(y: Tensor, x: Tensor, missed: Missed, layers: Layers) -> Tensor:
         shift = shift + damping * outputs(
             _precise(layers.q_bias).unflatten(0, (layers.heads, 1, -1)) @ change[0]
         )
-    return torch.baddbmm((y + shift).to(y.dtype), x.to(y.dtype), (damping * matrix).to(y.dtype))
+    return (y + shift).to(y.dtype).baddbmm_(x.to(y.dtype), (damping * matrix).to(y.dtype))
 
 
 def _precise(x: Tensor) -> Tensor:
