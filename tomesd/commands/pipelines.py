@@ -123,6 +123,35 @@ def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if tuple(map(int, version)) >= (0, 42) else "torch_dtype": dtype}
 
 
+def prompts_in(file: Path) -> list[str]:
+    """The prompts of --prompts-file, one a line.
+
+    Raises:
+        UserError: it cannot be read, or there are none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"argument --prompts-file: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"argument --prompts-file: {file} is empty")
+    return prompts
+
+
+def weights_of(model: Path) -> list[tuple[str, int, int]]:
+    """What tells whether a pipeline in a folder has changed: path, size and time of each of its files."""
+    files = sorted(file for file in model.rglob("*") if file.suffix in (".safetensors", ".bin", ".json"))
+    return [(str(f.relative_to(model)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+
+def prepare(pipe: Any) -> None:
+    """Makes a pipeline draw what is to be compared, and no bars."""
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # it would blacken pictures
+    pipe.set_progress_bar_config(disable=True)
+
+
 def check_pipeline_size(pipe: Any, size: tuple[int, int] | None) -> None:
     """The size against what a pipeline's autoencoder and network need."""
     if size:

@@ -44,7 +44,17 @@ from . import common, metrics, plot
 from .common import DTYPES, Row, UserError, guarded, need, positive, ratio
 from .drawing import FEWER, Drawings, Point
 from .metrics import METRICS, Measure, Metric, Missing, Pictures, Task
-from .pipelines import EMOJI_MODEL, check_model, check_pipeline_size, load_pipeline, pick_device, pick_dtype
+from .pipelines import (
+    EMOJI_MODEL,
+    check_model,
+    check_pipeline_size,
+    load_pipeline,
+    pick_device,
+    pick_dtype,
+    prepare,
+    prompts_in,
+    weights_of,
+)
 from .ways import WAYS, Ways
 
 PROGRAM = "python -m tomesd quality"
@@ -150,13 +160,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         UserError: there are none, or fewer than were asked for.
     """
     if args.prompts_file:
-        try:
-            lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise UserError(f"argument --prompts-file: {error}") from error
-        names = [line.strip() for line in lines if line.strip()]
-        if not names:
-            raise UserError(f"argument --prompts-file: {args.prompts_file} is empty")
+        names = prompts_in(args.prompts_file)
     elif (Path(args.model) / "names.txt").is_file():
         names = [names[0] for names in metrics.read_names(Path(args.model))]
     else:
@@ -177,9 +181,7 @@ def load(args: argparse.Namespace) -> Any:
     pipe = load_pipeline(args.model, device, pick_dtype(args.dtype, device))
     if not isinstance(getattr(pipe, "unet", None), need("diffusers").UNet2DConditionModel):
         raise UserError(f"argument --model: {args.model} is a {type(pipe).__name__}, which has no UNet")
-    if getattr(pipe, "safety_checker", None) is not None:
-        pipe.safety_checker = None  # it would blacken pictures that are to be compared
-    pipe.set_progress_bar_config(disable=True)
+    prepare(pipe)
     if args.size is None:
         latent = pipe.unet.config.sample_size
         if not isinstance(latent, int):
@@ -224,13 +226,10 @@ def points(args: argparse.Namespace, compared: Comparison) -> Iterator[Point]:
 def open_folder(args: argparse.Namespace, prompts: list[str], ways: Ways) -> Path:
     """The folder of what was drawn with the same model, settings and sources; of new ones a new one."""
     model = Path(args.model)
-    weights = sorted(file for file in model.rglob("*") if file.suffix in (".safetensors", ".bin", ".json"))
     sources = {*PACKAGE.rglob("*.py"), *(Path(inspect.getfile(way.patch)) for way in ways.values())}
     about: Row = {
         "model": str(model.resolve()) if model.is_dir() else args.model,
-        "weights": [
-            [str(file.relative_to(model)), file.stat().st_size, file.stat().st_mtime_ns] for file in weights
-        ],
+        "weights": weights_of(model),
         # Not seeds: the batches of more of them come after those of fewer.
         **{
             name: getattr(args, name)

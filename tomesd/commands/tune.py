@@ -25,6 +25,7 @@ import torch
 from ..tools import trials, tune
 from . import common
 from .common import UserError, guarded, need, positive
+from .metrics import read_names
 from .pipelines import (
     EMOJI_MODEL,
     SHORT,
@@ -33,6 +34,9 @@ from .pipelines import (
     load_pipeline,
     pick_device,
     pick_dtype,
+    prepare,
+    prompts_in,
+    weights_of,
 )
 
 PROGRAM = "python -m tomesd tune"
@@ -62,28 +66,19 @@ def make_parser() -> argparse.ArgumentParser:
 def prompts_of(args: argparse.Namespace) -> list[str] | None:
     """What to draw: a few names of a model that has some, else the defaults of `tune`."""
     if args.prompts_file:
-        try:
-            lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise UserError(f"argument --prompts-file: {error}") from error
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f"argument --prompts-file: {args.prompts_file} is empty")
-        return prompts
-    names = Path(args.model) / "names.txt"
-    if not names.is_file():
+        return prompts_in(args.prompts_file)
+    if not (Path(args.model) / "names.txt").is_file():
         return None
-    known = names.read_text(encoding="utf-8").splitlines()
-    return [known[len(known) // 3].split(" / ")[0], known[2 * len(known) // 3].split(" / ")[0]]
+    names = read_names(Path(args.model))
+    return [names[len(names) // 3][0], names[2 * len(names) // 3][0]]
 
 
 def cache_file(args: argparse.Namespace, prompts: list[str] | None) -> Path:
     """Where trials of the same model, settings and sources are kept."""
     model, package = Path(args.model), Path(tune.__file__).parents[1]
-    weights = sorted(file for file in model.rglob("*") if file.suffix in (".safetensors", ".bin", ".json"))
     about = {
         "model": args.model,
-        "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
+        "weights": weights_of(model),
         "settings": [prompts, args.size, args.steps, args.dtype, str(args.device), torch.get_num_threads()],
         "torch": torch.__version__,
         "sources": [
@@ -137,9 +132,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = prompts_of(args)
     pipe = load_pipeline(args.model, args.device, pick_dtype(args.dtype, args.device))
     check_pipeline_size(pipe, args.size)
-    if getattr(pipe, "safety_checker", None) is not None:
-        pipe.safety_checker = None  # it would blacken pictures that are to be compared
-    pipe.set_progress_bar_config(disable=True)
+    prepare(pipe)
     width, height = args.size or (None, None)
     try:
         tuning = tune.record(pipe, prompts, height, width, args.steps)

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from .token_map import TokenMap, in_full_precision
 
-# So many merged tokens are looked at; of each three, two are fitted and one judges the fit. On attention of
-# DINOv2-S (384 channels) more of them gain a twentieth of the error.
+# So many merged tokens are looked at; of each three, two are fitted and one judges the fit.
 SAMPLE = 768
 # Ridges, as shares of the mean square of the inputs: flat attention is fitted best by the first, peaky by the
-# second (scripts/bench linear).
+# second (scripts/bench attention --fit).
 RIDGES = (0.01, 0.3)
 TINY = 1e-30
 

@@ -34,7 +34,7 @@ from ..hosts.vits import VisionFamily
 from ..maths.attention import key_bias, take_rope
 from ..maths.grid import alternate
 from ..maths.matching import match_exact
-from ..maths.token_map import TokenMap
+from ..maths.token_map import TokenMap, in_full_precision
 from . import options
 from .schedule import parse_r
 
@@ -319,7 +319,7 @@ class LayerHooks:
         metric = x.detach()[..., :CHANNELS] if own.metric is None else own.metric
         partition = alternate(x.shape[1], patch.protected, x.device)
         # In half precision many cosines near 1 are equal, and the accuracy of the model suffers.
-        with torch.autocast(x.device.type, enabled=False):
+        with in_full_precision(x):
             token_map = match_exact(metric.float(), partition, r)
         size = None if own.size is None else own.size.expand(x.shape[0], -1)
         merged = token_map.merge(x, patch.method.mode, size)
