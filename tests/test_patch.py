@@ -298,7 +298,7 @@ def transformer():
     [
         (lambda: 3, TypeError, r"expected a pipeline or a torch module, got 3 \(int\)"),
         (lambda: "runwayml/stable-diffusion-v1-5", TypeError, r"a pipeline or a torch module, got 'runwayml"),
-        (lambda: [nn.Linear(2, 2)], TypeError, r"got one \(list\)"),
+        (lambda: {3, 4}, TypeError, r"got one \(set\)"),
         (lambda: D.StableDiffusionPipeline, TypeError, "the class StableDiffusionPipeline: make one first"),
         (lambda: None, TypeError, "got None"),
         (lambda: nn.Linear(2, 2), ValueError, "Linear holds no network that tomesd knows. Known.*UNet2DCond"),
@@ -307,6 +307,10 @@ def transformer():
     ],
 )
 def test_unknown_models_are_named(verb, model, error, says):
+    if verb is tomesd.remove_patch and error is ValueError:
+        model = model()
+        assert verb(model) is model  # it has no patch
+        return
     with pytest.raises(error, match=says):
         verb(model())
 

@@ -8,7 +8,9 @@ may leave is cut to it, and `r <= 0` merges nothing. Unlike there, the tokens th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,6 +144,42 @@ def merge_source(merge: Merge, x: Tensor, source: Tensor | None = None) -> Tenso
     if source is None:
         source = torch.eye(x.shape[1], device=x.device).expand(x.shape[0], -1, -1)
     return merge(source, mode="amax")
+
+
+def do_nothing(x: Tensor, mode: str | None = None) -> Tensor:
+    """The merge and the unmerge of tokens that stay: gives back `x`. What tomesd 0.1.3 calls so."""
+    return x
+
+
+def compute_merge(x: Tensor, tome_info: Mapping[str, Any]) -> tuple[Callable[..., Tensor], ...]:
+    """What tomesd 0.1.3 asks in a block: how to merge before each part of it, and how to unmerge after it.
+
+    Args:
+        x: the block's tokens, `[B, N, C]`.
+        tome_info: `"size"`, the `(h, w)` of the network's input, and `"args"`, a dict of `ratio`,
+            `max_downsample`, `sx`, `sy`, `use_rand`, `merge_attn`, `merge_crossattn`, `merge_mlp` and perhaps
+            a `generator`. What is not there is as by default.
+
+    Returns:
+        Six callables: merge for self-attention, cross-attention and the feed-forward layers, and unmerge.
+
+    Raises:
+        ValueError: these are not the tokens of an image of that size.
+    """
+    args = dict(max_downsample=1, ratio=0.5, sx=2, sy=2, use_rand=True, merge_attn=True)
+    args |= dict(tome_info["args"])
+    height, width = tome_info["size"]
+    downsample = max(1, round(math.sqrt(height * width / x.shape[1])))
+    both: tuple[Merge, Unmerge] = (do_nothing, do_nothing)
+    if downsample <= args["max_downsample"]:
+        w, h = -(-width // downsample), -(-height // downsample)
+        r = int(x.shape[1] * args["ratio"])
+        generator = args.get("generator") if args["use_rand"] else None
+        both = bipartite_soft_matching_random2d(
+            x, w, h, args["sx"], args["sy"], r, no_rand=not args["use_rand"], generator=generator
+        )
+    wanted = [args.get(name, False) for name in ("merge_attn", "merge_crossattn", "merge_mlp")]
+    return tuple(way if merges else do_nothing for way in both for merges in wanted)
 
 
 def _check_metric(metric: Tensor) -> None:

@@ -10,10 +10,11 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from .hosts.family import Site
+from .hosts.family import Site, named_modules_of
 from .hosts.hooks import OWNER, Patch, patch_of, recompile
 from .hosts.image import BlockHooks, ContainerHooks, NetworkHooks, Plan
 from .hosts.unets import find_networks
+from .merge import compute_merge as compute_merge  # where tomesd 0.1.3 has it
 from .methods import cost, options
 from .methods.choice import ByKey, Chosen, ImageNetwork, UpTo
 from .methods.cost import PlanIfItPays
@@ -46,7 +47,7 @@ def apply_patch(
         tomesd.apply_patch(pipe, {1: tomesd.SampleKeys(0.75), 2: tomesd.Merge(0.5)})  # by downsample
 
     A patched model is patched anew. Everything is checked before anything is touched: if there is an error,
-    the model is as it was. Code that torch.compile has made is discarded, as it would not see the patch.
+    the model is as it was.
 
     Args:
         model: a diffusers pipeline (its ControlNets are patched too), a bare network, or a CompVis LDM.
@@ -92,14 +93,14 @@ def apply_patch(
 
 
 def remove_patch(model: Model) -> Model:
-    """Takes every trace of `apply_patch` off a model and returns it; unpatched models are left as they are.
+    """Takes every trace of `apply_patch` off a model and returns it; what has none is left as it is.
 
     Raises:
         TypeError: the model is neither module nor pipeline.
-        ValueError: it holds no network of a known family.
     """
-    if sum(_detach(network.module) for network in find_networks(model)):
-        recompile()
+    for _, module in named_modules_of(model):
+        if isinstance(patch_of(module), NetworkPatch):
+            _detach(module)
     return model
 
 

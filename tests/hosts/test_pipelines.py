@@ -229,16 +229,15 @@ def test_switches_of_the_host(switch):
         torch.testing.assert_close(tiny.generate(pipe), merged, atol=1e-4, rtol=1e-3)
 
 
-def test_forward_chunking_and_merge_mlp_exclude_each_other():
+def test_chunks_of_a_feed_forward_are_left_as_they_are():
     unet = tiny.unet()
-    tomesd.apply_patch(unet, merge_mlp=True)
     chunk_feed_forward(unet, 4)
-    with pytest.raises(ValueError, match="Chunked feed-forward and merging it exclude each other"):
-        tiny.CASES["sd"](unet)
-    tomesd.apply_patch(unet, ratio=0, merge_mlp=True)
-    chunked = tiny.CASES["sd"](unet)
-    tomesd.remove_patch(unet)
-    assert torch.equal(tiny.CASES["sd"](unet), chunked)
+    plain = tiny.CASES["sd"](unet)
+    tomesd.apply_patch(unet, merge_attn=False, merge_mlp=True)
+    with pytest.warns(
+        UserWarning, match=r"ff was called with \[2, 4\] tokens, not with its block's \[2, 256\]"
+    ):
+        assert torch.equal(tiny.CASES["sd"](unet), plain)
     tomesd.apply_patch(unet, merge_mlp=True)
     chunk_feed_forward(unet, None)
     assert torch.isfinite(tiny.CASES["sd"](unet)).all()

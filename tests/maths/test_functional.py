@@ -1,6 +1,7 @@
 """The functional API, as users of the older packages call it."""
 
 import pytest
+import tiny
 import torch
 
 from tomesd import merge as M
@@ -105,3 +106,27 @@ def test_random2d_without_a_generator_is_repeatable_and_r_0_does_nothing():
 def test_mistakes_are_named(call, error, says):
     with pytest.raises(error, match=says):
         call(torch.randn(2, 30, 4))
+
+
+def test_the_names_of_tomesd_0_1_3_are_there_and_do_the_same():
+    from tomesd.patch import compute_merge
+    from tomesd.utils import init_generator, isinstance_str
+
+    old = tiny.peer("tomesd", "tomesd_0_1_3")
+    args = dict(max_downsample=2, ratio=0.4, sx=2, sy=2, use_rand=False, generator=None)
+    args |= dict(merge_attn=True, merge_crossattn=False, merge_mlp=True)
+    for h, w in ((8, 12), (4, 6), (2, 3)):
+        x = torch.randn(2, h * w, 5)
+        infos = [{"size": (8, 12), "args": dict(args)} for _ in range(2)]
+        ours, theirs = compute_merge(x, infos[0]), old.patch.compute_merge(x, infos[1])
+        for i in range(3):
+            assert ours[i](x).shape == theirs[i](x).shape
+            torch.testing.assert_close(ours[i + 3](ours[i](x)), theirs[i + 3](theirs[i](x)))
+    assert compute_merge(x, {"size": (2, 3), "args": {"ratio": 0.5}})[0](x).shape[1] == 3
+    assert M.do_nothing(x, mode="mean") is x
+    assert isinstance_str(torch.nn.Linear(1, 1), "Module")
+    assert not isinstance_str(x, "Module")
+    state = torch.get_rng_state()
+    drawn = torch.rand(3, generator=init_generator(x.device))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(drawn, torch.rand(3))

@@ -59,7 +59,7 @@ def test_what_a_stage_cannot_do_is_said():
     tomesd.apply_patch(unet, tomesd.MergeStage(), max_downsample=4)
     blocks = unet.down_blocks[2].attentions[0].transformer_blocks
     x, text = torch.randn(1, 9, 32), torch.randn(1, 7, 2 * tiny.TEXT)
-    with pytest.raises(RuntimeError, match="given 9 tokens and no image"):
+    with pytest.raises(RuntimeError, match="it is not known which image its 9 tokens are"):
         blocks[0](x, encoder_hidden_states=text)
     with pytest.raises(RuntimeError, match=r"a part of a stage, was called without the rest of it"):
         blocks[-1](x, encoder_hidden_states=text)

@@ -6,10 +6,10 @@ vision transformers share these records; their rows are in `unets.py` and `vits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
@@ -23,10 +23,15 @@ class Part:
     output: int | None = None  # which item of its output is the tokens, where that is a tuple
     # Of an attention, as far as it has them:
     keys: str | None = None  # the parameter of other tokens to take keys and values from
+    values: str | None = None  # the parameter of other tokens to take values from, where a forward has one
     bias: str | None = None  # the parameter that is added to the logits of each key
     rope: str | None = None  # the parameter that holds rotary embeddings of the tokens
     key_layer: str | None = None  # the module in it that returns [B, heads, N, D] or [B, N, heads * D] keys
     processors: tuple[str, ...] = ()  # classes of diffusers' processors that attend in the plain way
+    biased: tuple[str, ...] = ()  # others that add a bias of keys, if their kernels can
+    keepers: tuple[
+        str, ...
+    ] = ()  # others that keep the map of attention, which the host reads as of all tokens
     # What it costs is known by the layers that make its queries, keys and values, the one after attention,
     # and the attribute that is the number of its heads.
     layers: tuple[str, str, str, str] = ("to_q", "to_k", "to_v", "to_out")
@@ -65,6 +70,10 @@ class Family:
     def fits(self, module: nn.Module) -> bool:
         """Whether a module is a network of this family."""
         return is_named(module, self.networks)
+
+    def misfit(self, network: nn.Module) -> str | None:
+        """What tells a network whose class has one of these names from one of this family, or None."""
+        return None
 
     def sites(self, network: nn.Module) -> Iterator[Site]:
         """The transformer blocks of a network, in the order of its forward pass."""
@@ -140,24 +149,26 @@ def submodule(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def find(model: object, families: Sequence[AnyFamily]) -> list[Network[AnyFamily]]:
-    """Every network of some families in a pipeline, a module or a wrapper of one.
+    """Every network of some families in a pipeline, a module or what holds one.
 
     Raises:
         TypeError: the model is neither module nor pipeline.
+        ValueError: a network is only named as one of a family.
     """
-    if isinstance(model, type):
-        raise TypeError(
-            f"expected a pipeline or a torch module, got the class {model.__name__}: make one first"
-        )
-    if not isinstance(model, nn.Module) and not hasattr(model, "__dict__"):
-        given = repr(model) if isinstance(model, (str, int, float, type(None))) else "one"
-        raise TypeError(f"expected a pipeline or a torch module, got {given} ({type(model).__name__})")
     found: dict[int, Network[AnyFamily]] = {}
-    for prefix, part in modules_of(model):
-        for name, module in part.named_modules(prefix=prefix):
-            family = next((row for row in families if row.fits(module)), None)
-            if family is not None and id(module) not in found:
-                found[id(module)] = Network(name, module, family, tuple(family.sites(module)))
+    for name, module in named_modules_of(model):
+        rows = [row for row in families if row.fits(module)]
+        if not rows or id(module) in found:
+            continue
+        misfits = [row.misfit(module) for row in rows]
+        if None not in misfits:
+            kind = type(module)
+            raise ValueError(
+                f"{name or 'the model'} is a {kind.__name__} as of {rows[0].name}, but not one that tomesd "
+                f"knows (it is from {kind.__module__}): {misfits[0]}"
+            )
+        family = rows[misfits.index(None)]
+        found[id(module)] = Network(name, module, family, tuple(family.sites(module)))
     return list(found.values())
 
 
@@ -166,13 +177,44 @@ def known(families: Sequence[Family]) -> str:
     return "; ".join(f"{family.name} ({', '.join(family.networks)})" for family in families)
 
 
+def named_modules_of(model: object) -> Iterator[tuple[str, nn.Module]]:
+    """Every module in a model, with its path there.
+
+    Raises:
+        TypeError: the model is neither module nor pipeline.
+    """
+    for prefix, part in modules_of(model):
+        yield from part.named_modules(prefix=prefix)
+
+
 def modules_of(model: object) -> Iterator[tuple[str, nn.Module]]:
-    """A module itself, or the modules that a pipeline keeps as attributes."""
-    if isinstance(model, nn.Module):
-        yield "", model
+    """A module itself, or the modules that a pipeline, a dict of its components or a wrapper of it has.
+
+    Raises:
+        TypeError: the model is neither module nor pipeline.
+    """
+    if isinstance(model, type):
+        raise TypeError(
+            f"expected a pipeline or a torch module, got the class {model.__name__}: make one first"
+        )
+    if not isinstance(model, nn.Module | Mapping) and not hasattr(model, "__dict__"):
+        given = repr(model) if isinstance(model, (str, int, float, type(None))) else "one"
+        raise TypeError(f"expected a pipeline or a torch module, got {given} ({type(model).__name__})")
+    yield from _parts("", model, set())
+
+
+def _parts(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(value, nn.Module):
+        yield name, value
         return
-    for name, value in vars(model).items():
-        # MultiControlNet may be a plain list of networks.
-        for i, part in enumerate(value if isinstance(value, (list, tuple)) else [value]):
-            if isinstance(part, nn.Module):
-                yield (f"{name}.{i}" if part is not value else name), part
+    inside: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        inside = value.items()
+    elif isinstance(value, (list, tuple)):  # MultiControlNet may be a plain list of networks
+        inside = enumerate(value)
+    elif not name or hasattr(value, "components"):  # pipelines, and managers of what several have in common
+        inside = vars(value).items() if hasattr(value, "__dict__") else ()
+    if id(value) not in seen:
+        seen.add(id(value))
+        for key, part in list(inside):
+            yield from _parts(f"{name}.{key}" if name else str(key), part, seen)

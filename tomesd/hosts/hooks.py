@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -29,7 +30,9 @@ class Argument:
     """
 
     def __init__(self, module: nn.Module, name: str, position: int | None = None) -> None:
-        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        parameters = list(inspect.signature(type(module).forward).parameters.values())
+        if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+            parameters = parameters[1:]  # self, which a forward of `*args` alone takes with the rest
         kinds = {parameter.kind for parameter in parameters}
         every = [parameter.name for parameter in parameters]
         places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -45,6 +48,14 @@ class Argument:
                 )
         self.name = name
         self.position = position
+
+    @classmethod
+    def optional(cls, module: nn.Module, name: str | None, position: int | None = None) -> Argument | None:
+        """The parameter, or None of a forward that has none of this name."""
+        try:
+            return None if name is None else cls(module, name, position)
+        except ValueError:
+            return None
 
     def get(self, args: Args, kwargs: Kwargs) -> Any:
         if self.position is not None and self.position < len(args):
@@ -98,6 +109,7 @@ class Patch:
     def __init__(self) -> None:
         self.handles: list[RemovableHandle] = []
         self.listeners: list[Listener] = []
+        self.has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "listeners": []}  # nobody listens to copies
@@ -110,10 +122,21 @@ class Patch:
         """Calls `hook(module, args, kwargs, output)` after it; `first`: before the hooks that are there."""
         self.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
 
+    def warn(self, message: str) -> None:
+        """Warns once for all that this patch meets."""
+        if not self.has_warned and not torch.compiler.is_compiling():
+            self.has_warned = True
+            warnings.warn(f"tomesd: {message}", stacklevel=2)
+
     def remove(self) -> None:
         """Takes all hooks off."""
         for handle in self.handles:
             handle.remove()
+
+
+def hooks_before(module: nn.Module | None) -> list[Callable[..., Any]]:
+    """What is called before each call of a module."""
+    return [] if module is None else list(module._forward_pre_hooks.values())
 
 
 def patch_of(network: nn.Module) -> Any:
@@ -122,12 +145,13 @@ def patch_of(network: nn.Module) -> Any:
 
 
 def recompile() -> None:
-    """Discards what torch.compile has made, and makes it look at hooks from now on.
+    """Makes torch.compile look at hooks from now on; the first time, discards what it has made.
 
     By default it takes one module for another that differs in its hooks alone: a patched model would run
     the code of an unpatched one of its class.
     """
     import torch._dynamo
 
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
-    torch.compiler.reset()
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()

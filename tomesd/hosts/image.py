@@ -72,6 +72,7 @@ class Call:
     """One call of a container: its image, and what a method keeps from its first block to its last."""
 
     image: Image
+    batch: int
     kept: Any = None
 
 
@@ -103,6 +104,7 @@ class Current:
     """Where a thread is: the step of its network's forward, and its call of a container."""
 
     step: Step | None = None
+    begun: bool = False  # whether the network's own hook has set the step
     call: Call | None = None
 
 
@@ -113,7 +115,8 @@ class NetworkHooks:
     network again in a thread of its own, which is given the last step of any thread.
 
     Where torch.compile wraps a network, hooks on itself are no part of the program, and whatever they keep is
-    shared by all threads. So a program takes the timestep from a module inside of the network, its clock.
+    shared by all threads; and some hosts call its `forward`, past all hooks. So there the timestep is taken
+    from a module inside of the network, its clock.
     """
 
     def __init__(self, patch: Patch, network: nn.Module, family: ImageFamily) -> None:
@@ -144,14 +147,19 @@ class NetworkHooks:
         if self.has_clock and torch.compiler.is_compiling():
             self.own.get().step = None  # a forward that failed may have left one
             return
-        step = self.own.get().step = Step.at(self.timestep.get(args, kwargs))
-        if not torch.compiler.is_compiling():
-            self.last = step
+        self.set(Step.at(self.timestep.get(args, kwargs)))
+        self.own.get().begun = True
 
     def tick(self, clock: nn.Module, args: Args, kwargs: Kwargs) -> None:
         own = self.own.get()
-        if own.step is None and torch.compiler.is_compiling():
-            own.step = Step.at(self.given.get(args, kwargs))
+        if not own.begun:
+            self.set(Step.at(self.given.get(args, kwargs)))
+        own.begun = False
+
+    def set(self, step: Step) -> None:
+        self.own.get().step = step
+        if not torch.compiler.is_compiling():
+            self.last = step
 
     def end(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
         # Else kept for what checkpointing recomputes. Compiled code would have to return it from each call.
@@ -207,9 +215,12 @@ class ContainerHooks:
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         x = self.input.get(args, kwargs)
-        h, w = (length // self.side for length in x.shape[-2:])
+        b, h, w = x.shape[0], *x.shape[-2:]
+        if torch.jit.is_tracing():
+            b, h, w = int(b), int(h), int(w)  # what is traced is for one size
+        h, w = h // self.side, w // self.side
         step = None if self.timestep is None else Step.at(self.timestep.get(args, kwargs))
-        call = Call(self.network.image(self.level, h, w, x, step))
+        call = Call(self.network.image(self.level, h, w, x, step), b)
         if self.carrier is not None:
             return self.carrier.put(args, kwargs, {**(self.carrier.get(args, kwargs) or {}), OWNER: call})
         self.own.get().call = call
@@ -233,7 +244,11 @@ class BlockCall:
     x: Tensor | None = None  # its input, until the plan is made
     call: Call | None = None  # of its container
     map: TokenMap | None = None  # the plan
+    planned: Call | None = None  # the container's call that this plan is for
     given: tuple[Tensor, Tensor] | None = None  # tokens of the part that runs, as they were and merged
+    sample: TokenMap | None = None  # the keys that the attention that runs is to make
+    keys: int = 0  # how often its layer of keys has been given them
+    values: int = 0  # and that of values
 
 
 class BlockHooks:
@@ -257,21 +272,43 @@ class BlockHooks:
                 patch.before(part, self.receive)
         patch.after(site.module, self.forget)
 
-    def plan_at_attention(self, site: Site) -> None:
-        """From now on plans at self-attention, by the block's input."""
+    def plan_by_input(self, site: Site) -> None:
+        """From now on keeps the block's input, from which the first part that asks for a plan has it made."""
         # Not at the block itself: what CompVis' checkpointing recomputes begins after it.
         first = site.module.get_submodule(site.block.input)
         self.given = Argument(first, "", 0)
         self.patch.before(first, self.keep)
-        self.patch.before(site.module.get_submodule(site.block.attn.path), self.plan_by_input)
 
     def keep(self, part: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        self.own.get().x = self.given.get(args, kwargs)
-
-    def plan_by_input(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> None:
         own = self.own.get()
-        x, own.x = own.x, None
-        own.map = self.make_plan(x, own.call)
+        own.x, own.map = self.given.get(args, kwargs), None
+
+    def map_of(self, x: Tensor, name: str) -> TokenMap | None:
+        """The plan of this block for tokens `x` `[B, N, C]` that one of its parts is given.
+
+        None where they are not those of the block: hosts also call parts for some of the samples, for windows
+        of the image, or for all samples as one. There the part is to do what it is asked to.
+
+        Args:
+            name: of the part.
+        """
+        own = self.own.get()
+        call = own.call or self.container.unpassed()
+        if own.map is None or own.planned is not call:
+            # Of a host that goes around the block's own first module the part's tokens have to do.
+            own.map = self.make_plan(x if own.x is None else own.x, call)
+            own.planned, own.x = call, None
+        token_map = own.map
+        if token_map is None or call is None:
+            return None
+        shared = token_map.index.shape[0] < call.batch  # the same for all samples
+        if x.shape[1:2] != (token_map.tokens,) or (x.shape[0] != call.batch and not shared):
+            self.patch.warn(
+                f"{name} was called with {list(x.shape[:2])} tokens, not with its block's "
+                f"[{call.batch}, {token_map.tokens}]: such calls are left as they are"
+            )
+            return None
+        return token_map
 
     def receive(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Takes the container's call out of what attention is given."""
@@ -283,7 +320,7 @@ class BlockHooks:
 
     def forget(self, block: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
         own = self.own.get()
-        own.x = own.call = own.map = own.given = None
+        own.x = own.call = own.map = own.planned = own.given = own.sample = None
 
     def call_of(self, args: Args, kwargs: Kwargs) -> Call | None:
         """The container's call, from what the block itself is given."""
@@ -291,16 +328,24 @@ class BlockHooks:
             return self.container.unpassed()
         return (self.carrier.get(args, kwargs) or {}).get(OWNER)
 
-    def make_plan(self, x: Tensor | None, call: Call | None) -> TokenMap:
-        """Plans what to merge of the tokens `x` `[B, N, C]` of this block, and tells who listens."""
-        image = None if call is None else call.image
-        if x is None or image is None or x.shape[1] != image.h * image.w:
-            tokens = "no tokens" if x is None else f"{x.shape[1]} tokens"
-            seen = "no image" if image is None else f"an image of {image.h} x {image.w}"
+    def make_plan(self, x: Tensor, call: Call | None) -> TokenMap | None:
+        """Plans what to merge of the tokens `x` `[B, N, C]` of this block, and tells who listens.
+
+        None where they are not those of its container's image.
+        """
+        if call is None:
             raise RuntimeError(
-                f"tomesd: {self.name} was given {tokens} and {seen}: call the whole network, not a part of "
-                "it or a copy of a part, or remove_patch first"
+                f"tomesd: {self.name} was called outside of its network, so it is not known which image its "
+                f"{x.shape[1]} tokens are: call the whole network, not a part of it or a copy of a part, "
+                "or remove_patch first"
             )
+        image = call.image
+        if x.shape[:2] != (call.batch, image.h * image.w):
+            self.patch.warn(
+                f"{self.name} was given {list(x.shape[:2])} tokens of {call.batch} images of {image.h} x "
+                f"{image.w}: such calls are left as they are"
+            )
+            return None
         assert self.plan is not None
         token_map = self.plan(x, image)
         for listener in self.patch.listeners:

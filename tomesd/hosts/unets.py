@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .family import Block, Family, Network, Part, Site, find, is_named, known, modules_of
+from .hooks import Argument
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,17 @@ class ImageFamily(Family):
     carrier: str | None = None  # the parameter of both containers and blocks that is a dict for attention
     down: tuple[str, ...] = ()  # classes that halve the resolution at the end of their part of a stage
     up: tuple[str, ...] = ()  # classes that double it there
+    others: tuple[str, ...] = ()  # attributes of containers that hold blocks on tokens of another kind
+
+    def misfit(self, network: nn.Module) -> str | None:
+        try:
+            Argument(network, self.timestep, 1)
+            for site in self.sites(network):
+                for module in (site.container, site.module):
+                    Argument(module, self.carrier or "", None if self.carrier else 0)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def side(self, network: nn.Module) -> int:
         """The side of a token in the image that containers are given."""
@@ -46,7 +58,7 @@ class ImageFamily(Family):
                 for name, within, container in runners if self.containers else [(path, child, network)]:
                     for place, module in within.named_modules(prefix=name):
                         block = self.block(module)
-                        if block is not None:
+                        if block is not None and not set(self.others) & set(place.split(".")):
                             yield Site(place, module, block, container, level)
                 level += any(is_named(module, self.down) for _, module in modules)
                 level -= any(is_named(module, self.up) for _, module in modules)
@@ -63,11 +75,27 @@ BASIC = Block(
         keys=TEXT,
         bias="attention_mask",
         processors=PLAIN,
+        biased=("XFormersAttnProcessor", "AttnProcessorNPU"),
+        keepers=("CrossAttnStoreProcessor",),
         sees_text="attn1.is_cross_attention",
     ),
-    cross=Part("attn2", keys=TEXT, bias="attention_mask", sees_text="attn2.is_cross_attention"),
+    cross=Part(
+        "attn2",
+        keys=TEXT,
+        bias="attention_mask",
+        keepers=("AttendExciteAttnProcessor", "LEDITSCrossAttnProcessor", "Pix2PixZeroAttnProcessor"),
+        sees_text="attn2.is_cross_attention",
+    ),
     mlp=Part("ff"),
 )
+# That of sd-scripts, in both of its networks.
+KOHYA = Block(
+    "norm1",
+    Part("attn1", keys="context"),
+    cross=Part("attn2", keys="context", sees_text=True),
+    mlp=Part("ff"),
+)
+LDM_STAGES = ("input_blocks", "middle_block", "output_blocks")
 
 FAMILIES = (
     ImageFamily(
@@ -88,6 +116,26 @@ FAMILIES = (
         last=LAST,
         containers=("Transformer2DModel",),
         carrier="cross_attention_kwargs",
+        down=("Downsample2D",),
+        up=("Upsample2D",),
+    ),
+    ImageFamily(
+        name="kohya's UNet for SD 1 and 2",
+        networks=("UNet2DConditionModel",),
+        blocks={"BasicTransformerBlock": KOHYA},
+        clock=CLOCK,
+        last=LAST,
+        containers=("Transformer2DModel",),
+        down=("Downsample2D",),
+        up=("Upsample2D",),
+    ),
+    ImageFamily(
+        name="kohya's UNet for SDXL",
+        networks=("SdxlUNet2DConditionModel",),
+        blocks={"BasicTransformerBlock": KOHYA},
+        timestep="timesteps",
+        stages=LDM_STAGES,
+        containers=("Transformer2DModel",),
         down=("Downsample2D",),
         up=("Upsample2D",),
     ),
@@ -115,15 +163,16 @@ FAMILIES = (
         blocks={
             "BasicTransformerBlock": Block(
                 "norm1",
-                attn=Part("attn1", tokens="x", keys="context", sees_text="disable_self_attn"),
+                attn=Part("attn1", tokens="x", keys="context", values="value", sees_text="disable_self_attn"),
                 cross=Part("attn2", tokens="x", keys="context", sees_text=True),
                 mlp=Part("ff", tokens="x"),
                 tokens="x",
             )
         },
         timestep="timesteps",
-        stages=("input_blocks", "middle_block", "output_blocks"),
+        stages=LDM_STAGES,
         containers=("SpatialTransformer",),
+        others=("time_stack",),
         image="x",
         down=("Downsample",),
         up=("Upsample",),

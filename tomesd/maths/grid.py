@@ -114,9 +114,20 @@ def cell_offsets(
     if not isinstance(timestep, Tensor):
         timestep = torch.full((1,), timestep, dtype=torch.float32, device=device)
     cell = torch.arange(cells, device=device)[None]
-    bits = timestep.detach().to(cell.device, torch.float32).reshape(-1, 1).view(torch.int32).to(torch.int64)
+    bits = _bits(timestep.detach().to(cell.device, torch.float32).reshape(-1, 1))
     key = _mix(_mix(seed & MASK) ^ ((seed >> 32) & MASK))
     return _mix(_mix(_mix(bits & MASK) ^ key) ^ cell) % options
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The bits of float32 numbers, int64."""
+    if not torch.jit.is_tracing():
+        return x.view(torch.int32).to(torch.int64)
+    # TorchScript has no such view. The same by arithmetic, for all but the smallest numbers.
+    fraction, exponent = torch.frexp(x)
+    mantissa = ((fraction.abs() * 2 - 1) * (1 << 23)).to(torch.int64)
+    bits = (x < 0) * (1 << 31) + (exponent.to(torch.int64) + 126) * (1 << 23) + mantissa
+    return bits.where(x != 0, 0)
 
 
 def _mix(x: Bits) -> Bits:

@@ -46,7 +46,8 @@ def missed_by_sample(x: Tensor, sampled: Tensor, sample: TokenMap, moments: int)
     """What `sampled` ones of tokens `x` `[B, N, C]` miss: of the mean, with 2 moments of the covariance."""
     x, sampled = _precise(x), _precise(sampled)
     n, m = sample.tokens, sample.groups
-    share = x.new_full((sample.keep.shape[0], n), 1 / n).scatter(1, sample.keep, 1 / n - 1 / m)
+    share = x.new_full((sample.keep.shape[0], n), 1 / n)
+    share = share.scatter(1, sample.keep, x.new_full(sample.keep.shape, 1 / n - 1 / m))
     weighted = x * share[..., None]
     mean = weighted.sum(1, keepdim=True)
     if moments < 2:

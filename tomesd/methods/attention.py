@@ -1,7 +1,8 @@
-"""What attention is given when its keys have merged: masks, sizes, and what cannot be had together."""
+"""What attention is given when its keys have merged: keys, masks, sizes, and what cannot be had together."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,18 +52,9 @@ class PartHooks:
         self.name = f"{block.name}.{part.path}"
         self.output = part.output
         self.tokens = Argument(module, part.tokens, 0)
-        self.keys = Argument(module, part.keys) if part.keys else None
+        self.keys = Argument(module, part.keys, 1) if part.keys else None
+        self.values = Argument.optional(module, part.values, 2)
         self.bias = Argument(module, part.bias) if part.bias else None
-
-    @property
-    def map(self) -> TokenMap:
-        token_map = self.block.own.get().map
-        if token_map is None:
-            raise RuntimeError(
-                f"tomesd: {self.name} was called without its block: call the whole network, or remove_patch "
-                "first"
-            )
-        return token_map
 
     def refuse(self, module: nn.Module, kwargs: Kwargs) -> None:
         """Raises a ValueError for what merged tokens cannot be used with."""
@@ -73,10 +65,21 @@ class PartHooks:
                     f"tomesd: {self.name} is cached by diffusers' {cache}, which gives back the tokens of "
                     f"another step: use either the cache or {self.method}"
                 )
+        self.refuse_keepers(module)
         if self.kind == "cross" and kwargs.get("ip_adapter_masks") is not None:
             raise ValueError(
                 "tomesd: ip_adapter_masks belong to all tokens of the image and cannot be used with "
                 f"{self.method}: patch without it"
+            )
+
+    def refuse_keepers(self, attn: nn.Module) -> None:
+        """Raises a ValueError for processors that keep a map of attention."""
+        kind = type(getattr(attn, "processor", None)).__name__
+        if kind in self.part.keepers:
+            raise ValueError(
+                f"tomesd: {self.name} has the processor {kind}, which keeps a map of attention that the host "
+                f"reads as one of all tokens: leave this block out (by max_downsample or a dict of methods), "
+                f"or take another method than {self.method}"
             )
 
     def is_plain(self, attn: nn.Module) -> bool:
@@ -85,10 +88,23 @@ class PartHooks:
         return processor is None or type(processor).__name__ in self.part.processors
 
     def weighs(self, attn: nn.Module) -> bool:
-        """Whether its keys are to count as often as tokens have merged into them."""
-        if self.kind != "attn" or self.bias is None:
+        """Whether its keys are to count as often as tokens have merged into them.
+
+        Raises:
+            ValueError: they are to, and nobody knows what its processor would do with a bias of them.
+        """
+        if self.kind != "attn" or self.bias is None or self.prop_attn is False:
             return False
-        return self.is_plain(attn) if self.prop_attn is None else self.prop_attn
+        if self.is_plain(attn):
+            return True
+        kind = type(getattr(attn, "processor", None)).__name__
+        if self.prop_attn and kind not in self.part.biased:
+            raise ValueError(
+                f"tomesd: {self.name} has the processor {kind}, of which it is not known whether it adds a "
+                f"bias to each key, which {self.method} needs. Known are "
+                f"{', '.join(self.part.processors + self.part.biased)}; Merge() and SampleKeys() need none"
+            )
+        return bool(self.prop_attn)
 
     def layers_of(self, attn: nn.Module, x: Tensor) -> Layers | None:
         """The weights of an attention, for tokens as `x`, if it is known to do nothing but attend."""
@@ -106,8 +122,23 @@ class PartHooks:
         return Layers(q, bias, k, v, out, heads, scale)
 
     def has_own_keys(self, args: Args, kwargs: Kwargs) -> bool:
-        """Whether keys are taken from other tokens already."""
-        return self.keys is not None and self.keys.get(args, kwargs) is not None
+        """Whether keys are taken from other tokens already; some hosts hand over the tokens themselves."""
+        keys = None if self.keys is None else self.keys.get(args, kwargs)
+        return keys is not None and keys is not self.tokens.get(args, kwargs)
+
+    def given_values(self, args: Args, kwargs: Kwargs) -> Tensor | None:
+        """Tokens to take values from, where a host hands them over."""
+        return None if self.values is None else self.values.get(args, kwargs)
+
+    def put_keys(
+        self, args: Args, kwargs: Kwargs, keys: Tensor, few: Tensor, reduce: Callable[[Tensor], Tensor]
+    ) -> tuple[Args, Kwargs]:
+        """Gives attention `few` in place of `keys`, and as few values, if it was given some."""
+        assert self.keys is not None
+        values = self.given_values(args, kwargs)
+        if self.values is not None and values is not None:
+            args, kwargs = self.values.put(args, kwargs, few if values is keys else reduce(values))
+        return self.keys.put(args, kwargs, few)
 
     def mask(self, args: Args, kwargs: Kwargs, token_map: TokenMap) -> Tensor | None:
         """What is added to the logits of all keys, as `[B, N]`, if anything is."""

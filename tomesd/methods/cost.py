@@ -82,8 +82,11 @@ def work_of(
 def _linears(module: nn.Module | None, rows: Rows) -> list[tuple[Rows, int, int]]:
     if module is None:
         return []
-    shapes = (parameter.shape for parameter in module.parameters() if parameter.dim() > 1)
-    return [(rows, shape[1], shape[0]) for shape in shapes]
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return [(rows, module.in_features, module.out_features)]  # weights may be packed, or have adapters
+    found = [shapes for child in module.children() for shapes in _linears(child, rows)]
+    own = (parameter.shape for parameter in module.parameters(recurse=False) if parameter.dim() > 1)
+    return [*((rows, shape[1], shape[0]) for shape in own), *found]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..hosts.family import Site
+from ..hosts.family import Site, submodule
 from ..hosts.hooks import Args, Kwargs, Patch
 from ..hosts.image import BlockHooks
 from ..maths.moments import Missed, add_missed
@@ -40,12 +40,17 @@ class KeysMethod(Method, known=False):
 
     def attach(self, blocks: Mapping[Site, BlockHooks], patch: Patch) -> None:
         for site, block in blocks.items():
-            block.plan_at_attention(site)
+            block.plan_by_input(site)
             attn = site.module.get_submodule(site.block.attn.path)
             hooks = self.hooks(block, attn, site.block.attn, "attn", type(self).__name__, prop_attn=True)
             hooks.moments = self.moments
             patch.before(attn, hooks.enter)
             patch.after(attn, hooks.leave)
+            if hasattr(attn, "processor"):
+                for name, hook in zip(hooks.layers, (hooks.enter_keys, hooks.enter_values), strict=True):
+                    layer = submodule(attn, name)
+                    if layer is not None:
+                        patch.before(layer, hook)
 
     def left(self, h: int, w: int) -> int:
         return sample_size(h * w, self.ratio)
@@ -58,6 +63,15 @@ class FewerKeys(PartHooks):
     """One self-attention that takes keys and values from fewer tokens than its own."""
 
     moments = 0
+
+    @property
+    def layers(self) -> tuple[str, str]:
+        """The layers of keys and of values."""
+        return self.part.layers[1:3]
+
+    def takes(self, keys: Tensor, x: Tensor, token_map: TokenMap) -> bool:
+        """Whether `keys`, which attention of the tokens `x` is given, are such that the map is about."""
+        raise NotImplementedError
 
     def keys_of(self, x: Tensor, token_map: TokenMap) -> Tensor:
         """The tokens to take keys from."""
@@ -73,27 +87,66 @@ class FewerKeys(PartHooks):
         """What moments of the keys that are left miss of those of all."""
         raise NotImplementedError
 
+    def enter_unknown(
+        self, attn: nn.Module, token_map: TokenMap, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
+        """Gives an attention fewer keys whose processor is not known."""
+        raise NotImplementedError
+
     def enter(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        token_map = self.map
-        if token_map.is_identity or self.keys is None or self.has_own_keys(args, kwargs):
+        own = self.block.own.get()
+        own.given = own.sample = None
+        x = self.tokens.get(args, kwargs)
+        token_map = self.block.map_of(x, self.name)
+        if token_map is None or token_map.is_identity or self.keys is None:
             return args, kwargs
+        self.refuse_keepers(attn)
         if "Fused" in type(getattr(attn, "processor", None)).__name__:
             raise ValueError(
                 f"tomesd: {self.name} computes queries, keys and values in one layer, which {self.method} "
                 "cannot tell apart: call unfuse_qkv_projections() first"
             )
-        x = self.tokens.get(args, kwargs)
-        keys = self.keys_of(x, token_map)
-        if self.moments and self.mask(args, kwargs, token_map) is None:
-            self.block.own.get().given = x, keys
+        if not self.is_plain(attn):
+            return self.enter_unknown(attn, token_map, args, kwargs)
+        keys = self.keys.get(args, kwargs)
+        keys = x if keys is None else keys
+        if not self.takes(keys, x, token_map):
+            return args, kwargs
+        few = self.keys_of(keys, token_map)
+        values = self.given_values(args, kwargs)
+        alone = keys is x and (values is None or values is x)
+        if self.moments and alone and self.mask(args, kwargs, token_map) is None:
+            own.given = x, few
         args, kwargs = self.bias_keys(attn, token_map, args, kwargs)
-        return self.keys.put(args, kwargs, keys)
+        return self.put_keys(args, kwargs, keys, few, lambda values: self.keys_of(values, token_map))
+
+    def enter_keys(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Gives the layer of keys fewer tokens, inside of an attention that asks for it."""
+        own = self.block.own.get()
+        if own.sample is None or not (args and own.sample.fits(args[0])):
+            return None
+        own.keys += 1
+        return (own.sample.merge(args[0], "drop"), *args[1:]), kwargs
+
+    def enter_values(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Gives the layer of values as many: those that go with keys. Some attend to nothing (PAG)."""
+        own = self.block.own.get()
+        if own.sample is None or own.values >= own.keys:
+            return None
+        own.values += 1
+        return (own.sample.merge(args[0], "drop"), *args[1:]), kwargs
 
     def leave(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         own = self.block.own.get()
-        given, own.given = own.given, None
+        given, own.given, sample, own.sample = own.given, None, own.sample, None
+        if sample is not None and not own.values:
+            raise ValueError(
+                f"tomesd: {self.name} has the processor {type(attn.processor).__name__}, which gives "
+                f"{' and '.join(self.layers)} no {sample.tokens} tokens, of which {self.method} could take "
+                "some: use Merge"
+            )
         layers = None if given is None else self.layers_of(attn, given[0])
-        if given is None or layers is None:
+        if given is None or layers is None or own.map is None:
             return output
         with in_full_precision(output):
-            return add_missed(output, given[0], self.missed(*given, self.map), layers)
+            return add_missed(output, given[0], self.missed(*given, own.map), layers)

@@ -149,7 +149,7 @@ class Merge(Matched):
 
     def attach(self, blocks: Mapping[Site, BlockHooks], patch: Patch) -> None:
         for site, block in blocks.items():
-            block.plan_at_attention(site)
+            block.plan_by_input(site)
             for kind, part in site.block.parts.items():
                 module = site.part(kind)
                 if module is not None and kind in self.parts:
@@ -169,33 +169,33 @@ class MergedPart(PartHooks):
     linear = False
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        token_map = self.map
+        own = self.block.own.get()
+        own.given = None
         self.refuse(module, kwargs)
-        if token_map.is_identity:
-            return args, kwargs
         x = self.tokens.get(args, kwargs)
-        if not token_map.fits(x):
-            raise ValueError(
-                f"tomesd: {self.name} was given {list(x.shape[:2])} of the block's [B, {token_map.tokens}] "
-                "tokens. Chunked feed-forward and merging it exclude each other: use one of them"
-            )
+        token_map = self.block.map_of(x, self.name)
+        if token_map is None or token_map.is_identity:
+            return args, kwargs
         args, kwargs = self.merge_bias(module, token_map, args, kwargs)
         merged = token_map.merge(x)
-        if self.linear:
-            self.block.own.get().given = x, merged
+        own.given = x, merged
+        if self.kind == "attn" and self.keys is not None and not self.has_own_keys(args, kwargs):
+            handed = self.keys.get(args, kwargs) is not None or self.given_values(args, kwargs) is not None
+            if handed:
+                args, kwargs = self.put_keys(args, kwargs, x, merged, token_map.merge)
         return self.tokens.put(args, kwargs, merged)
 
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        token_map = self.map
-        if token_map.is_identity:
-            return output  # perhaps of a chunk of the tokens
+        own = self.block.own.get()
+        given, own.given = own.given, None
+        token_map = own.map
+        if given is None or token_map is None:
+            return output
         i = self.output
         tokens = output if i is None else output[i]
         if not isinstance(tokens, Tensor):
             raise TypeError(
                 f"tomesd: {self.name} gave a {type(tokens).__name__}, no tokens: its Part says output={i}"
             )
-        own = self.block.own.get()
-        given, own.given = own.given, None
-        tokens = token_map.unmerge(tokens) if given is None else unmerge_linear(token_map, *given, tokens)
+        tokens = unmerge_linear(token_map, *given, tokens) if self.linear else token_map.unmerge(tokens)
         return tokens if i is None else (*output[:i], tokens, *output[i + 1 :])

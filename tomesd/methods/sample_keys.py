@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..hosts.hooks import Args, Kwargs
+from ..hosts.family import submodule
+from ..hosts.hooks import Args, Kwargs, hooks_before
 from ..hosts.image import Image
 from ..maths.moments import Missed, missed_by_sample
 from ..maths.sampling import sample_tokens
@@ -71,6 +72,9 @@ class SampleKeys(KeysMethod):
 class SampledKeys(FewerKeys):
     """One self-attention whose keys are a sample."""
 
+    def takes(self, keys: Tensor, x: Tensor, token_map: TokenMap) -> bool:
+        return token_map.fits(keys)  # a sample serves all images of a size
+
     def keys_of(self, x: Tensor, token_map: TokenMap) -> Tensor:
         return token_map.merge(x, "drop")
 
@@ -79,6 +83,27 @@ class SampledKeys(FewerKeys):
     ) -> tuple[Args, Kwargs]:
         mask = self.mask(args, kwargs, token_map)
         return (args, kwargs) if mask is None else self.put_mask(args, kwargs, token_map.merge(mask, "drop"))
+
+    def enter_unknown(
+        self, attn: nn.Module, token_map: TokenMap, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
+        # Keys may be of other images, or of some of the samples: they are sampled where they are made.
+        if self.mask(args, kwargs, token_map) is not None:
+            raise ValueError(
+                f"tomesd: {self.name} was given a mask of its keys, and of its processor "
+                f"{type(attn.processor).__name__} it is not known what it does with that: with {self.method} "
+                f"use one of {', '.join(self.part.processors)}"
+            )
+        hooks = zip(self.layers, (self.enter_keys, self.enter_values), strict=True)
+        lost = [name for name, hook in hooks if hook not in hooks_before(submodule(attn, name))]
+        if lost:
+            raise ValueError(
+                f"tomesd: {' and '.join(lost)} of {self.name} was replaced after apply_patch, as adapters "
+                "do: patch again"
+            )
+        own = self.block.own.get()
+        own.sample, own.keys, own.values = token_map, 0, 0
+        return args, kwargs
 
     def missed(self, x: Tensor, keys: Tensor, token_map: TokenMap) -> Missed:
         return missed_by_sample(x, keys, token_map, self.moments)

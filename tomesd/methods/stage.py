@@ -93,16 +93,21 @@ class Stage:
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         call, x = self.first.call_of(args, kwargs), self.first.tokens.get(args, kwargs)
         token_map = self.first.make_plan(x, call)
-        assert call is not None  # or there would have been no plan
-        kept = call.kept = Kept(x, token_map, token_map.merge(x))
-        return self.first.tokens.put(args, kwargs, kept.merged)
+        assert call is not None  # or that would have been an error
+        if token_map is None or token_map.is_identity:
+            call.kept = None
+            return args, kwargs
+        merged = token_map.merge(x)
+        call.kept = Kept(x, token_map, merged)
+        # A copy, as some hosts' blocks add to their input in place.
+        return self.first.tokens.put(args, kwargs, merged.clone())
 
     def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         call = self.last.call_of(args, kwargs)
         kept = kept_by(self.last, call)
         if call is not None and not torch.is_grad_enabled():
             call.kept = None  # checkpointing alone may need it again
-        if kept.map.is_identity:
+        if kept is None:
             return output
         return kept.x + kept.map.unmerge(output - kept.merged)
 
@@ -115,14 +120,18 @@ class StagedAttention(PartHooks):
         given = self.bias is not None and self.bias.get(args, kwargs) is not None
         if self.kind != "attn" or not (given or self.weighs(module)):
             return args, kwargs
-        return self.merge_bias(module, kept_by(self.block, self.block.own.get().call).map, args, kwargs)
+        kept = kept_by(self.block, self.block.own.get().call)
+        if kept is None or not kept.map.fits(self.tokens.get(args, kwargs), kept.map.groups):
+            return args, kwargs  # nothing has merged, or these are not the tokens that did
+        return self.merge_bias(module, kept.map, args, kwargs)
 
 
-def kept_by(block: BlockHooks, call: Call | None) -> Kept:
-    """What the stage that a block is part of has kept."""
-    if call is None or not isinstance(call.kept, Kept):
+def kept_by(block: BlockHooks, call: Call | None) -> Kept | None:
+    """What the stage that a block is part of has kept; None where nothing has merged."""
+    if call is None:
         raise RuntimeError(
             f"tomesd: {block.name}, a part of a stage, was called without the rest of it: call the whole "
             "network, or remove_patch first"
         )
-    return call.kept
+    kept: Kept | None = call.kept
+    return kept

@@ -1,0 +1,250 @@
+"""Hosts that call attention in their own way: all of it works, is left as it is, or is refused by name."""
+
+import types
+import warnings
+
+import acting
+import diffusers as D
+import pytest
+import tiny
+import torch
+from acting import call, network
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import (
+    CrossFrameAttnProcessor2_0,
+)
+
+import tomesd
+from tomesd import Merge, MergeKeys, MergeStage, SampleKeys
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+N, HALF, SAMPLED = 192, 96, 48
+ALL = Merge(parts=("attn", "cross", "mlp"))
+
+
+@pytest.mark.parametrize(
+    ("how", "method", "seen", "changes"),
+    [
+        ("keys and values", Merge(), [(HALF, HALF)], True),
+        ("keys and values", SampleKeys(), [(N, SAMPLED)], True),
+        ("keys by position", Merge(), [(HALF, HALF)], True),
+        ("keys by position", SampleKeys(), [(N, SAMPLED)], True),
+        ("values of others", Merge(), [(HALF, HALF)], True),
+        ("values of others", SampleKeys(), [(N, SAMPLED)], True),
+        ("keys of others", Merge(), [(HALF, N)], True),
+        ("keys of others", SampleKeys(), [(N, SAMPLED)], True),
+        ("more keys", Merge(), [(HALF, 2 * N)], True),
+        ("more keys", SampleKeys(), [(N, 2 * N)], False),
+        ("twice", Merge(), [(HALF, HALF)] * 2, True),
+        ("twice", SampleKeys(), [(N, SAMPLED)] * 2, True),
+        ("a half again", Merge(), [(HALF, HALF), (N, N)], True),
+        ("a half again", SampleKeys(), [(N, SAMPLED), (N, N)], True),
+        ("as one sequence", Merge(), [(2 * N, 2 * N)], False),
+        ("as one sequence", SampleKeys(), [(2 * N, 2 * N)], False),
+        ("windows", Merge(), [(N // 2, N // 2)], False),
+        ("windows", SampleKeys(), [(N // 2, N // 2)], False),
+        ("never", ALL, [], True),
+        ("without its norm", Merge(), [(HALF, HALF)], True),
+        ("without its norm", SampleKeys(), [(N, SAMPLED)], True),
+    ],
+    ids=str,
+)
+def test_a_call_is_merged_where_it_is_about_the_tokens_and_else_left_as_it_is(how, method, seen, changes):
+    net = network(how)
+    plain, attn = call(net), net.blocks()[0].attn1
+    attn.seen.clear()
+    tomesd.apply_patch(net, method)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = call(net)
+    assert attn.seen == seen
+    assert ((out - plain).norm() > 0) == changes
+    assert (out - plain).norm() < 0.1 * plain.norm()
+    left = how in ("a half again", "as one sequence", "windows")
+    assert ["attn1 was called with" in str(warning.message) for warning in caught] == [True] * left
+
+
+@pytest.mark.parametrize(
+    "method", [ALL, Merge(unmerge="copy"), SampleKeys(), SampleKeys(moments=1), MergeStage()], ids=str
+)
+def test_how_the_tokens_are_handed_over_makes_no_difference(method):
+    outputs = []
+    for how in ("plain", "keys and values", "keys by position", "twice", "in place"):
+        net = network(how)
+        tomesd.apply_patch(net, method)
+        outputs.append(call(net))
+    for output in outputs:
+        torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [ALL, SampleKeys(), MergeStage()], ids=str)
+@pytest.mark.parametrize("part", ["network", "container", "block", "attention"])
+def test_a_forward_may_be_replaced_by_one_that_names_nothing(part, method, monkeypatch):
+    """AUTOMATIC1111 does so at the class; others at the module."""
+    net = network()
+    plain = call(net)
+    tomesd.apply_patch(net, method)
+    want = call(net)
+    tomesd.remove_patch(net)
+    attn = net.blocks()[0].attn1
+    module = {"network": net, "container": net.input_blocks[0], "block": net.blocks()[0], "attention": attn}[
+        part
+    ]
+    kind = type(module)
+    with monkeypatch.context() as patched:
+        forward = kind.forward
+        patched.setattr(kind, "forward", lambda *args, **kwargs: forward(*args, **kwargs))
+        tomesd.apply_patch(net, method)
+        assert torch.equal(call(net), want)
+        tomesd.remove_patch(net)
+    module.forward = lambda *args, **kwargs: forward(module, *args, **kwargs)
+    tomesd.apply_patch(net, method)
+    assert torch.equal(call(net), want)
+    tomesd.remove_patch(net)
+    assert torch.equal(call(net), plain)
+
+
+def test_a_network_may_be_called_by_its_forward():
+    unet, case = tiny.small_unet(), tiny.CASES["sd"]
+    tomesd.apply_patch(unet, max_downsample=8)
+    want = [case(unet, t=t) for t in (500, 100)]
+    assert not torch.equal(*want)
+    for t, expected in zip((500, 100), want, strict=True):
+        assert torch.equal(
+            unet.forward(tiny.inputs(16, 16, 2)[0], t, tiny.inputs(16, 16, 2)[1]).sample, expected
+        )
+
+
+def test_blocks_on_tokens_of_another_kind_are_left_alone():
+    """In the time stacks of video networks they are of a class of the same name."""
+    net = network()
+    container = net.input_blocks[0]
+    container.time_stack = torch.nn.ModuleList([acting.BasicTransformerBlock()])
+    call(net)
+    assert all("time_stack" not in row.name for row in tomesd.explain(net).rows)
+    plain = call(net)
+    tomesd.apply_patch(net, ALL)
+    assert 0 < (call(net) - plain).norm() < 0.2 * plain.norm()
+
+
+# Attention processors of diffusers.
+
+
+def follows(unet):
+    """How far the second frame moves when the first one does."""
+    x, text = tiny.inputs(16, 16, 3)
+    other = x.clone()
+    other[0] = -other[0]
+    return (unet(x, 500, text).sample - unet(other, 500, text).sample)[1].abs().max()
+
+
+def test_cross_frame_attention_stays_that():
+    unet = tiny.small_unet()
+    unet.set_attn_processor(CrossFrameAttnProcessor2_0(batch_size=1))
+    plain, case = follows(unet), tiny.CASES["sd"]
+    assert plain > 0
+    alone = case(unet, b=3)
+    for method in (Merge(), SampleKeys(), MergeStage()):
+        tomesd.apply_patch(unet, method)
+        assert 0.2 * plain < follows(unet) < 5 * plain
+        assert not torch.equal(case(unet, b=3), alone)
+    for method in (MergeKeys(), Merge(prop_attn=True), MergeStage(prop_attn=True)):
+        tomesd.apply_patch(unet, method)
+        with pytest.raises(ValueError, match=r"attn1 has the processor CrossFrameAttnProcessor2_0, of which"):
+            case(unet, b=3)
+
+
+def test_perturbed_attention_guidance_takes_fewer_keys_where_it_attends():
+    pipe = tiny.sd(D.StableDiffusionPAGPipeline, pag_applied_layers=["down_blocks.0", "up_blocks.3"])
+    plain = tiny.generate(pipe, height=128, width=128)
+    errors = {}
+    for method in (Merge(), SampleKeys(0.5), SampleKeys(0.2)):
+        tomesd.apply_patch(pipe, method)
+        errors[method] = (tiny.generate(pipe, height=128, width=128) - plain).norm()
+    assert 0 < errors[SampleKeys(0.2)] < errors[SampleKeys(0.5)] < plain.norm()
+
+
+def test_attend_and_excite_draws():
+    pipe = tiny.sd(D.StableDiffusionAttendAndExcitePipeline)
+    call = dict(token_indices=[2], num_inference_steps=2, output_type="latent", attn_res=(16, 16))
+    for method in (Merge(), SampleKeys(), MergeStage()):
+        tomesd.apply_patch(pipe, method)
+        with torch.enable_grad():
+            if isinstance(method, MergeStage):
+                with pytest.raises(
+                    ValueError, match="attn2 has the processor AttendExciteAttnProcessor, which keeps"
+                ):
+                    pipe("a cat", height=128, width=128, **call)
+            else:
+                assert torch.isfinite(pipe("a cat", height=128, width=128, **call).images).all()
+
+
+def test_self_attention_guidance_reads_the_map_of_one_block():
+    pipe = tiny.sd(D.StableDiffusionSAGPipeline)
+    for method, max_downsample in (
+        (Merge(), 4),
+        (SampleKeys(), 4),
+        (MergeStage(), 4),
+        (Merge(), 8),
+        (SampleKeys(), 8),
+    ):
+        tomesd.apply_patch(pipe, method, max_downsample)
+        if max_downsample == 8:
+            with pytest.raises(
+                ValueError, match=r"mid_block.*attn1 has the processor CrossAttnStoreProcessor"
+            ):
+                tiny.generate(pipe, sag_scale=0.5, output_type="latent")
+        else:
+            assert torch.isfinite(tiny.generate(pipe, sag_scale=0.5)).all()
+
+
+def test_processors_of_which_no_sample_can_be_taken_are_refused():
+    class Elsewhere(AttnProcessor2_0):
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            return hidden_states
+
+    unet, case = tiny.small_unet(), tiny.CASES["sd"]
+    tomesd.apply_patch(unet, SampleKeys())
+    unet.set_attn_processor(Elsewhere())
+    with pytest.raises(ValueError, match="processor Elsewhere, which gives to_k and to_v no 256 tokens"):
+        case(unet)
+
+
+def test_an_adapter_that_comes_later_is_seen_where_it_matters():
+    class Unknown(AttnProcessor2_0):
+        pass
+
+    unet, case = tiny.small_unet(), tiny.CASES["sd"]
+    tomesd.apply_patch(unet, SampleKeys(moments=0))
+    for attn in (module.attn1 for module in unet.modules() if hasattr(module, "attn1")):
+        attn.to_k = torch.nn.Sequential(attn.to_k)
+    plain = case(unet)
+    unet.set_attn_processor(Unknown())
+    with pytest.raises(ValueError, match=r"to_k of .*attn1 was replaced after apply_patch, .* patch again"):
+        case(unet)
+    tomesd.apply_patch(unet, SampleKeys(moments=0))
+    torch.testing.assert_close(case(unet), plain, atol=1e-5, rtol=1e-4)
+
+
+def reference_only(self, hidden_states, attention_mask=None, encoder_hidden_states=None, **others):
+    kwargs, n = others.get("cross_attention_kwargs") or {}, self.norm1(hidden_states)
+    attended = self.attn1(n, **kwargs)
+    attended[:1] = self.attn1(n[:1], **kwargs)  # the unconditional half by itself
+    h = attended + hidden_states
+    h = self.attn2(self.norm2(h), encoder_hidden_states=encoder_hidden_states, **kwargs) + h
+    return self.ff(self.norm3(h)) + h
+
+
+@pytest.mark.parametrize("method", [ALL, SampleKeys(), MergeKeys(), MergeStage()], ids=str)
+def test_a_block_of_diffusers_may_have_a_forward_of_its_own(method):
+    unet, case = tiny.unet(), tiny.CASES["sd"]
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock):
+            block.forward = types.MethodType(reference_only, block)
+    plain = case(unet)
+    tomesd.apply_patch(unet, method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = case(unet)
+    assert 0 < (out - plain).norm() < 0.5 * plain.norm()
