@@ -188,7 +188,8 @@ def _put(wanted: Sequence[tuple[ImageNetwork, Chosen, bool]]) -> None:
             setattr(module, OWNER, patch)
     # Compiled programs take the answer as a constant. Marked here, as marking it loads torch._dynamo.
     torch.compiler.assume_constant_result(cost.pays)
-    recompile()
+    if wanted:
+        recompile(tuple(tuple(chosen.values()) for _, chosen, _ in wanted))
 
 
 def _detach(network: nn.Module) -> bool:

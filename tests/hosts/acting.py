@@ -118,3 +118,47 @@ def call(net: nn.Module, t: float = 5.0, h: int = 12, w: int = 16) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, C, h, w, generator=generator)
     return net(x, torch.tensor([t, t]), torch.randn(2, 7, C, generator=generator))
+
+
+# kohya's sd-scripts have classes of diffusers' names, which call each other in another way.
+
+
+class Attention(CrossAttention):
+    def forward(self, hidden_states: Tensor, context: Tensor | None = None, mask: None = None) -> Tensor:
+        return super().forward(hidden_states, context)
+
+
+def _block(
+    self: BasicTransformerBlock, hidden_states: Tensor, context: Tensor, timestep: None = None
+) -> Tensor:
+    return BasicTransformerBlock.forward(self, hidden_states, context)
+
+
+def _transformer(
+    self: SpatialTransformer, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: None = None
+) -> Tensor:
+    return SpatialTransformer.forward(self, hidden_states, encoder_hidden_states)
+
+
+Block = type("BasicTransformerBlock", (BasicTransformerBlock,), {"forward": _block})
+Transformer = type("Transformer2DModel", (SpatialTransformer,), {"forward": _transformer})
+
+
+class UNet2DConditionModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_blocks, self.up_blocks = nn.ModuleList([Transformer()]), nn.ModuleList()
+        self.mid_block = Transformer()
+        for container in (self.down_blocks[0], self.mid_block):
+            container.transformer_blocks = nn.ModuleList([Block(), Block()])
+            for block in container.transformer_blocks:
+                block.attn1, block.attn2 = Attention(), Attention()
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        x = self.down_blocks[0](sample, encoder_hidden_states=encoder_hidden_states)
+        return self.mid_block(x, encoder_hidden_states)
+
+
+def kohya() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel().requires_grad_(False)

@@ -248,3 +248,28 @@ def test_a_block_of_diffusers_may_have_a_forward_of_its_own(method):
         warnings.simplefilter("ignore")
         out = case(unet)
     assert 0 < (out - plain).norm() < 0.5 * plain.norm()
+
+
+@pytest.mark.parametrize("method", [ALL, SampleKeys(), MergeStage()], ids=str)
+def test_networks_of_one_name_are_told_apart_by_how_they_are_called(method):
+    net = acting.kohya()
+    plain, attn = call(net), net.down_blocks[0].transformer_blocks[0].attn1
+    tomesd.apply_patch(net, method)
+    attn.seen.clear()
+    out = call(net)
+    assert attn.seen == [(N, SAMPLED) if method == SampleKeys() else (HALF, HALF)]
+    assert 0 < (out - plain).norm() < 0.5 * plain.norm()
+    tomesd.remove_patch(net)
+    assert torch.equal(call(net), plain)
+
+
+def test_a_network_that_is_only_named_as_one_is_refused_before_it_is_touched():
+    class Other(acting.UNet2DConditionModel):
+        def forward(self, latent, when, encoder_hidden_states):
+            return super().forward(latent, when, encoder_hidden_states)
+
+    net = Other()
+    says = r"is a Other as of diffusers UNet, but not one that tomesd knows .*: the forward of Other has no"
+    with pytest.raises(ValueError, match=says):
+        tomesd.apply_patch(net)
+    assert not [hook for module in net.modules() for hook in module._forward_pre_hooks]

@@ -197,7 +197,7 @@ def modules_of(model: object) -> Iterator[tuple[str, nn.Module]]:
         raise TypeError(
             f"expected a pipeline or a torch module, got the class {model.__name__}: make one first"
         )
-    if not isinstance(model, nn.Module | Mapping) and not hasattr(model, "__dict__"):
+    if not isinstance(model, nn.Module | Mapping | list | tuple) and not hasattr(model, "__dict__"):
         given = repr(model) if isinstance(model, (str, int, float, type(None))) else "one"
         raise TypeError(f"expected a pipeline or a torch module, got {given} ({type(model).__name__})")
     yield from _parts("", model, set())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -144,14 +144,23 @@ def patch_of(network: nn.Module) -> Any:
     return vars(network).get(OWNER)
 
 
-def recompile() -> None:
-    """Makes torch.compile look at hooks from now on; the first time, discards what it has made.
+# Kinds of patches that models have had since torch.compile began with nothing.
+_kinds: set[Hashable] = set()
+
+
+def recompile(kind: Hashable) -> None:
+    """Makes torch.compile look at hooks from now on, and at times discards what it has made.
 
     By default it takes one module for another that differs in its hooks alone: a patched model would run
-    the code of an unpatched one of its class.
+    the code of an unpatched one of its class. Once it looks at hooks, what it has made for a kind of patch
+    serves again. But it makes no more than some programs for a module, so that many kinds need a fresh start.
     """
     import torch._dynamo
 
-    if torch._dynamo.config.skip_nnmodule_hook_guards:
-        torch._dynamo.config.skip_nnmodule_hook_guards = False
+    config = torch._dynamo.config
+    most = getattr(config, "recompile_limit", 8) // 2  # another name in older versions
+    if config.skip_nnmodule_hook_guards or len(_kinds | {kind}) > most:
+        config.skip_nnmodule_hook_guards = False
         torch.compiler.reset()
+        _kinds.clear()
+    _kinds.add(kind)

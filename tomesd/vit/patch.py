@@ -98,9 +98,8 @@ def remove_patch(model: Model) -> Model:
         TypeError: the model is no module.
         ValueError: it holds no vision transformer of a known family.
     """
-    removed = [_detach(network.module) for network in find_networks(model)]
-    if any(removed):
-        recompile()
+    for network in find_networks(model):
+        _detach(network.module)
     return model
 
 
@@ -145,7 +144,7 @@ def _apply(model: Model, package: str | None, method: MergeLayers) -> Model:
         setattr(patch.network, OWNER, patch)
         holder._tome_info = patch  # what users of the ToMe package know it as
     holder.r = 0
-    recompile()
+    recompile(method)
     return model
 
 
