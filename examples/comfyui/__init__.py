@@ -9,11 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import tomesd
+from .patches import Merge, MergeKeys, Recipe, SampleKeys, patch
 
-from .patches import patch
-
-METHODS = {"SampleKeys": tomesd.SampleKeys, "Merge": tomesd.Merge, "MergeKeys": tomesd.MergeKeys}
+METHODS = {"SampleKeys": SampleKeys, "Merge": Merge, "MergeKeys": MergeKeys}
 FINEST = "finest"
 SHARE = {"min": 0.0, "max": 1.0, "step": 0.01}
 WHEN = {
@@ -102,7 +100,7 @@ class TokenMergingRecipe:
         return os.path.getmtime(path) if path.exists() else float("nan")  # which is never the same
 
     def patch(self, model: Any, recipe: str, start_percent: float, end_percent: float) -> tuple[Any]:
-        methods = tomesd.Recipe.load(_path(recipe))
+        methods = Recipe.load(_path(recipe))
         return (patch(model, methods, None, _sigmas(model, start_percent, end_percent), _weighs()),)
 
 

@@ -18,7 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tomesd import Merge, MergeKeys, MergeStage, Method, Recipe, SampleKeys, TokenMap
+try:
+    from tomesd import Merge, MergeKeys, MergeStage, Method, Recipe, SampleKeys, TokenMap
+except ImportError as error:
+    raise ImportError(
+        "tomesd 1.0 is needed where this program runs, not the older one that pip finds: see docs/hosts.md"
+    ) from error
 from tomesd.hosts.family import Network, Site
 from tomesd.hosts.hooks import PerThread
 from tomesd.hosts.image import Image
