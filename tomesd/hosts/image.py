@@ -93,8 +93,11 @@ class Step:
 
 
 def _number(timestep: Tensor) -> int | None:
-    """Which of a scheduler's timesteps this is: those of a loop over them are views into their tensor."""
-    one = timestep.numel() == 1 or not any(timestep.stride())
+    """Which of a scheduler's timesteps this is: those of a loop over them are views into their tensor.
+
+    A slice of one may be of a batch's timesteps as well, which some hosts take apart: that is none.
+    """
+    one = timestep.dim() == 0 or (timestep.numel() > 1 and not any(timestep.stride()))
     table = timestep.untyped_storage().nbytes() > timestep.element_size()
     return int(timestep.storage_offset()) if one and table else None
 

@@ -159,7 +159,7 @@ FAMILIES = (
     ),
     ImageFamily(
         name="CompVis LDM",
-        networks=("UNetModel", "VideoUNet"),
+        networks=("UNetModel", "VideoUNet", "IntegratedUNet2DConditionModel"),  # the last one is Forge's
         blocks={
             "BasicTransformerBlock": Block(
                 "norm1",
