@@ -1,0 +1,105 @@
+"""What merged while a picture was drawn, or which keys its pixels looked at: as pictures and in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import tomesd
+
+from ...tools.vis import LEAST, to_image, to_tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# How bright tokens are that are not meant.
+DIMMED = 0.5
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A picture, and what each block merged at each step, from `tomesd.trace`."""
+
+    method: tomesd.Method
+    picture: Image.Image
+    plans: list[tomesd.Plan]
+
+    @property
+    def blocks(self) -> list[str]:
+        """Those that have plans, in the order in which they run."""
+        return list(dict.fromkeys(plan.block for plan in self.plans))
+
+    @property
+    def finest(self) -> str:
+        """The last block at the finest level, where groups follow the picture best."""
+        return min(reversed(self.plans), key=lambda plan: plan.downsample).block
+
+    @property
+    def steps(self) -> int:
+        return 1 + max(plan.step for plan in self.plans)
+
+    def spot(self, block: str, x: int, y: int) -> tuple[float, float]:
+        """A pixel of what `show` gives for a block, as shares of its width and height."""
+        plan = next(plan for plan in self.plans if plan.block == block)
+        return x / (plan.w * self._side(plan)), y / (plan.h * self._side(plan))
+
+    def show(self, block: str, step: int, spot: tuple[float, float] | None = None) -> tuple[Image.Image, str]:
+        """What a block merged at a step, or which keys it looked at.
+
+        Args:
+            block: one of `blocks`.
+            step: counted from 1.
+            spot: a place in the picture as shares of its width and height; what merged with it is lit.
+        """
+        plan = next(plan for plan in self.plans if (plan.block, plan.step) == (block, step - 1))
+        token = None
+        if spot is not None:
+            column, row = (
+                min(int(share * n), n - 1) for share, n in zip(spot, (plan.w, plan.h), strict=True)
+            )
+            token = row * plan.w + column
+        seen = tomesd.make_visualization(self.picture, plan, pixels=self._side(plan))
+        picture = self.picture.convert("RGB").resize(seen.size)
+        if isinstance(self.method, tomesd.SampleKeys):  # nothing merged, so groups mean nothing
+            seen = picture
+            lit = torch.zeros(plan.map.tokens, dtype=torch.bool).index_fill(0, plan.map.keep[-1], True)
+        else:
+            groups = plan.map.index[-1]
+            lit = groups == groups[token] if token is not None else torch.ones_like(groups, dtype=torch.bool)
+        return light(seen, picture, lit.view(plan.h, plan.w)), self._words(plan, lit, token)
+
+    def _side(self, plan: tomesd.Plan) -> int:
+        """Pixels of a token, as shown."""
+        return max(LEAST, round(self.picture.width / plan.w))
+
+    def _words(self, plan: tomesd.Plan, lit: Tensor, token: int | None) -> str:
+        where = f"Step {plan.step + 1} of {self.steps}, {plan.w} x {plan.h} tokens."
+        tokens, left = plan.map.tokens, plan.map.groups
+        this = "" if token is None else f"The token in column {token % plan.w + 1}, row {token // plan.w + 1}"
+        if isinstance(self.method, tomesd.SampleKeys):
+            words = (
+                f"Every pixel looked at the {left} of {tokens} tokens that are lit; other steps have others."
+            )
+            state = "is one of them" if token is not None and lit[token] else "looked at them, but none at it"
+            return " ".join([where, words, f"{this} {state}." if this else ""]).strip()
+        others = int(lit.sum()) - 1
+        if isinstance(self.method, tomesd.MergeKeys):
+            words, state = (
+                f"Every pixel looked at {left} merged keys of {tokens} tokens.",
+                "has a key that merged",
+            )
+        else:
+            words, state = f"{tokens} tokens merged into {left}.", "merged"
+        this = f"{this} {state} with {others or 'no'} other{'s' * (others != 1)}." if this else ""
+        return " ".join([where, words, this]).strip()
+
+
+def light(seen: Image.Image, picture: Image.Image, lit: Tensor) -> Image.Image:
+    """What is to be seen where tokens are lit, bool `[h, w]`; elsewhere the picture, grey and darkened."""
+    h, w = lit.shape
+    where = lit.repeat_interleave(seen.height // h, 0).repeat_interleave(seen.width // w, 1)
+    grey = DIMMED * to_tensor(picture.convert("L"))
+    return to_image(torch.where(where[..., None], to_tensor(seen), grey))
