@@ -16,7 +16,8 @@ import torch
 
 import tomesd
 from tomesd.__main__ import main
-from tomesd.commands.app.studio import METHODS, Cancelled, Run, Settings, Studio, error_over_time
+from tomesd.commands.app.comparison import Run, Settings, error_over_time
+from tomesd.commands.app.studio import METHODS, Cancelled, Studio
 from tomesd.commands.common import UserError
 from tomesd.commands.pipelines import EMOJI_MODEL, load_pipeline
 from tomesd.hosts.hooks import patch_of
@@ -74,6 +75,26 @@ def test_a_run_compares_two_pictures_and_keeps_the_plain_one(studio: Studio) -> 
 def test_without_plain_there_is_nothing_to_compare_with(studio: Studio) -> None:
     done = studio.compare(settings(studio), False, quiet)
     assert (done.plain, done.difference, done.run, len(done.table())) == (None, None, None, 2)
+
+
+def test_a_large_picture_is_drawn_small_and_then_refined(studio: Studio) -> None:
+    told: list[tuple[str, int]] = []
+
+    def tell(label: str, step: int, steps: int) -> None:
+        merged = patch_of(studio.pipe.unet) is not None
+        assert merged == label.endswith("Merge")
+        told.append((label, steps))
+
+    done = studio.compare(settings(studio, size="320x256", steps=5), True, tell)
+    assert [step for step in told if "warm" not in step[0]] == [("plain", 5)] * 5 + [
+        *[("plain", 2)] * 2,
+        *[("Merge", 2)] * 2,
+    ]
+    assert done.merged.picture.size == (320, 256)
+    assert done.merged.steps == 2
+    assert done.run.psnr > 20  # both refine the same picture
+    with pytest.raises(UserError, match="takes at least 3 steps, not 2"):
+        studio.compare(settings(studio, size="320x256"), True, quiet)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -150,6 +171,25 @@ def test_one_picture_is_drawn_at_a_time(studio: Studio) -> None:
         thread.join()
     assert order in (sorted(order), sorted(order, reverse=True))
     assert len(set(order)) == 2
+
+
+def test_who_waits_can_be_stopped_too(studio: Studio) -> None:
+    told: list[object] = []
+    ended = []
+
+    def draw() -> None:
+        try:
+            studio.compare(settings(studio), False, lambda *step: told.append(step), "me")
+        except Cancelled:
+            ended.append("cancelled")
+
+    thread = threading.Thread(target=draw)
+    with studio.turn:
+        thread.start()
+        while not studio.stop("me"):
+            pass
+    thread.join()
+    assert (ended, told) == (["cancelled"], [])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,7 +11,8 @@ import gradio as gr
 from ...methods.choice import DOWNSAMPLES
 from ..common import UserError, out_of_memory
 from ..generate import AMPLIFY
-from .studio import FINEST, METHODS, Cancelled, Run, Studio, error_over_time
+from .comparison import Run, Settings, error_over_time
+from .studio import FINEST, METHODS, Cancelled, Studio
 from .traced import Traced
 
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -56,7 +57,7 @@ def make_page(studio: Studio) -> gr.Blocks:
     """The page of a studio, to be launched."""
     presets = studio.presets()
 
-    def read(*fields: Any) -> Any:
+    def read(*fields: Any) -> Settings:
         settings, notes = studio.settings(*fields)
         for note in notes:
             gr.Warning(note)

@@ -9,9 +9,9 @@ import itertools
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +21,9 @@ import tomesd
 from ...hosts.unets import find_networks
 from .. import memory
 from ..common import UserError, check_multiple, need, size, timed
-from ..generate import EMOJI_GUIDANCE, amplified, differences, human, patch, psnr_text
+from ..generate import EMOJI_GUIDANCE, patch
+from ..generate_4k import base_size
+from .comparison import Comparison, Drawn, Settings
 from .traced import Traced
 
 if TYPE_CHECKING:
@@ -33,10 +35,12 @@ METHODS: dict[str, Callable[[float], tomesd.Method]] = {
 }
 # What `apply_patch` does without `max_downsample`.
 FINEST = "finest"
+# So many times the model's own area, pictures are drawn small first, and then refined with this share of the
+# steps: models repeat things where they draw at once.
+LARGE = 4
+STRENGTH = 0.4
 # Latents of a picture of 3840 x 2176 pixels, where one of them stands for 8 x 8.
 LATENTS_4K = 480, 272
-# Pixels, at least, of the longer side of a difference.
-SHOWN = 512
 # Plain pictures that are kept.
 KEPT = 16
 
@@ -48,110 +52,12 @@ class Cancelled(Exception):
     """The user stopped a run."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is to be drawn, and by which method."""
+class Source(NamedTuple):
+    """A pipeline, what it is called with to draw one picture, and the share of the steps that it takes."""
 
-    prompt: str
-    size: tuple[int, int]
-    steps: int
-    seed: int
-    method: tomesd.Method
-    levels: int | None
-
-    @property
-    def line(self) -> str:
-        """The line of Python that patches like this."""
-        levels = "" if self.levels is None else f", max_downsample={self.levels}"
-        return f"tomesd.apply_patch(pipe, tomesd.{self.method}{levels})"
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture and what it cost."""
-
-    picture: Image.Image
-    steps: int
-    seconds: float
-    peak: memory.Peak
-
-
-class Run(NamedTuple):
-    """What is known of a run, for the second tab."""
-
-    method: str
-    time: float  # as a share of plain's
-    psnr: float  # dB
-    prompt: str
-    size: str
-    steps: int
-    seed: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A picture drawn by a method, and plain if that was asked for."""
-
-    settings: Settings
-    plain: Drawn | None
-    merged: Drawn
-    memory: str  # what its figures measure
-
-    @property
-    def difference(self) -> Image.Image | None:
-        """Of the two pictures, amplified, on white; small ones enlarged, pixel by pixel."""
-        if self.plain is None:
-            return None
-        image = amplified(*(drawn.picture.convert("RGB") for drawn in (self.plain, self.merged)))
-        times = -(-SHOWN // max(image.size))
-        return image.resize((image.width * times, image.height * times), resample=0)
-
-    @property
-    def run(self) -> Run | None:
-        """The figures of the run; None without a plain picture."""
-        if self.plain is None:
-            return None
-        s = self.settings
-        name = f"{s.method}" + ("" if s.levels is None else f" up to level {s.levels}")
-        time = round(self.merged.seconds / self.plain.seconds, 3)
-        psnr = round(differences(self.plain.picture, self.merged.picture)[1], 2)
-        what = s.prompt, "x".join(map(str, s.size)), s.steps, s.seed
-        return Run(name, time, psnr, *what, round(self.merged.seconds, 2))
-
-    def table(self) -> list[list[str]]:
-        """Seconds, iterations a second and memory of each picture, with a line of names before."""
-        lines = [["", "seconds", "iterations/s", f"peak {self.memory}", "of it for the picture"]]
-        for name, drawn in (("plain", self.plain), ("merged", self.merged)):
-            if drawn is not None:
-                added = "not measured" if drawn.peak.added is None else f"{drawn.peak.added:.0f} MiB"
-                speed = f"{drawn.steps / drawn.seconds:.2f}"
-                lines.append([name, f"{drawn.seconds:.2f}", speed, human(drawn.peak.reached), added])
-        return lines
-
-    def verdict(self) -> str:
-        if self.plain is None:
-            return "Plain was not drawn, so there is nothing to compare with."
-        mean, psnr = differences(self.plain.picture, self.merged.picture)
-        gain = self.plain.seconds / self.merged.seconds
-        return f"{gain:.2f} times as fast; PSNR {psnr_text(psnr)}, mean difference {mean:.2f} of 255"
-
-
-def error_over_time(runs: Sequence[Run]) -> Any:
-    """A figure of matplotlib: each run is a point, each method has a colour."""
-    figure = need("matplotlib.figure").Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="time, as a share of plain's", ylabel="PSNR to plain, dB: higher is nearer"
-    )
-    axes.axvline(1, color="0.55", linestyle="--", label="plain")
-    for method in dict.fromkeys(run.method for run in runs):
-        own = [run for run in runs if run.method == method]
-        axes.plot([run.time for run in own], [run.psnr for run in own], "o", markersize=8, label=method)
-    lowest, highest = min([20, *(run.psnr for run in runs)]), max([80, *(run.psnr for run in runs)])
-    axes.set(xlim=(0, 1.1 * max([1, *(run.time for run in runs)])), ylim=(lowest - 2, highest + 2))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
-    return figure
+    pipe: Any
+    call: dict[str, Any]
+    share: float
 
 
 def make_method(name: str, ratio: float) -> tuple[tomesd.Method, list[str]]:
@@ -198,7 +104,8 @@ class Studio:
         self.kept: dict[tuple[Any, ...], Drawn] = {}
         self.warm: set[tuple[Any, ...]] = set()
         self.turn = threading.Lock()
-        self.who: str | None = None
+        # Who draws or waits, and what is set to stop that; and that of the one who draws.
+        self.asked: list[tuple[str, threading.Event]] = []
         self.stopped = threading.Event()
 
     def presets(self) -> dict[str, dict[str, Any]]:
@@ -235,78 +142,103 @@ class Studio:
         """
         with self._turn(who):
             self._check(wanted)
-            plain = self._plain(wanted, told) if beside else None
+            source = self._source(wanted, told)
+            plain = self._plain(wanted, source, told) if beside else None
             with tomesd.patched(self.pipe, wanted.method, wanted.levels):
-                merged = self._draw(wanted, type(wanted.method).__name__, told)
+                merged = self._draw(wanted, source, type(wanted.method).__name__, told)
             return Comparison(wanted, plain, merged, memory.kind(self.device))
 
     def trace(self, wanted: Settings, told: Told, who: str = "") -> Traced:
         """Draws a picture by the method and notes what merged; errors as of `compare`."""
         with self._turn(who):
             self._check(wanted)
+            source = self._source(wanted, told)
             with tomesd.patched(self.pipe, wanted.method, wanted.levels), tomesd.trace(self.pipe) as plans:
-                picture = self._call(wanted, wanted.steps, "traced", told)
+                picture = self._call(wanted, source, wanted.steps, "traced", told)
             return Traced(wanted.method, picture, plans)
 
     def stop(self, who: str = "") -> bool:
-        """Lets what somebody draws now end at its next step; whether there was something."""
-        mine = self.who == who
-        if mine:
-            self.stopped.set()
-        return mine
+        """Lets what somebody draws, or waits for, end at its next step; whether there was something."""
+        stops = [stop for name, stop in list(self.asked) if name == who]
+        for stop in stops:
+            stop.set()
+        return bool(stops)
 
     @contextmanager
     def _turn(self, who: str) -> Iterator[None]:
-        with self.turn:
-            self.stopped.clear()
-            self.who = who
-            try:
+        mine = who, threading.Event()
+        self.asked.append(mine)
+        try:
+            with self.turn:
+                self.stopped = mine[1]
                 yield
-            finally:
-                self.who = None
+        finally:
+            self.asked.remove(mine)
 
     def _check(self, wanted: Settings) -> None:
         """A UserError for a method that cannot be had, before anything is drawn."""
         patch(self.pipe, wanted.method, wanted.levels)
         tomesd.remove_patch(self.pipe)
 
-    def _plain(self, wanted: Settings, told: Told) -> Drawn:
+    def _is_large(self, wanted: Settings) -> bool:
+        return math.prod(wanted.size) > LARGE * math.prod(self.size)
+
+    def _source(self, wanted: Settings, told: Told) -> Source:
+        """What draws a picture: for a large one what refines a small one, as `generate-4k` does."""
+        width, height = wanted.size
+        at_once = Source(self.pipe, {"width": width, "height": height}, 1)
+        if not self._is_large(wanted) or not hasattr(self.pipe, "unet"):
+            return at_once
+        try:
+            refiner = need("diffusers").AutoPipelineForImage2Image.from_pipe(self.pipe)
+        except ValueError:  # there is none for this pipeline
+            return at_once
+        refiner.set_progress_bar_config(disable=True)
+        least = math.ceil(1 / STRENGTH)
+        if wanted.steps < least:
+            raise UserError(f"a picture of this size takes at least {least} steps, not {wanted.steps}")
+        small = replace(wanted, size=base_size(self.pipe, wanted.size))
+        base = self._plain(small, self._source(small, told), told).picture
+        image = need("PIL.ImageOps").fit(base, wanted.size, method=need("PIL.Image").Resampling.LANCZOS)
+        return Source(refiner, {"image": image, "strength": STRENGTH}, STRENGTH)
+
+    def _plain(self, wanted: Settings, source: Source, told: Told) -> Drawn:
         key = wanted.prompt, wanted.size, wanted.steps, wanted.seed
-        drawn = self.kept.pop(key, None) or self._draw(wanted, "plain", told)
+        drawn = self.kept.pop(key, None) or self._draw(wanted, source, "plain", told)
         self.kept[key] = drawn  # as the newest
         while len(self.kept) > KEPT:
             del self.kept[next(iter(self.kept))]
         return drawn
 
-    def _draw(self, wanted: Settings, label: str, told: Told) -> Drawn:
+    def _draw(self, wanted: Settings, source: Source, label: str, told: Told) -> Drawn:
         kind = label, wanted.size
         if kind not in self.warm:  # the first calls at a size pay for what is made once
-            self._call(wanted, 2, f"warm-up, {label}", told)
+            self._call(wanted, source, math.ceil(1 / source.share) + 1, f"warm-up, {label}", told)
             self.warm.add(kind)
         gc.collect()
         with memory.Peak(self.device) as peak:
-            picture, seconds = timed(lambda: self._call(wanted, wanted.steps, label, told), self.device)
-        return Drawn(picture, wanted.steps, seconds, peak)
+            picture, seconds = timed(
+                lambda: self._call(wanted, source, wanted.steps, label, told), self.device
+            )
+        return Drawn(picture, int(wanted.steps * source.share), seconds, peak)
 
-    def _call(self, wanted: Settings, steps: int, label: str, told: Told) -> Image.Image:
-        numbers = itertools.count(1)
+    def _call(self, wanted: Settings, source: Source, steps: int, label: str, told: Told) -> Image.Image:
+        numbers, total = itertools.count(1), int(steps * source.share)
 
         def begin(*call: object) -> None:
             if self.stopped.is_set():
                 raise Cancelled
-            told(label, min(next(numbers), steps), steps)
+            told(label, min(next(numbers), total), total)
 
-        width, height = wanted.size
         vae: Any = getattr(self.pipe, "vae", None)
         if hasattr(vae, "enable_tiling"):  # at once, a 4K picture would take tens of gigabytes
-            large = width * height > 4 * math.prod(self.size)
-            vae.enable_tiling() if large else vae.disable_tiling()
+            vae.enable_tiling() if self._is_large(wanted) else vae.disable_tiling()
         # A hook of our own, as not all pipelines have callbacks, and those that do call them in several ways.
         hook = find_networks(self.pipe)[0].module.register_forward_pre_hook(begin)
         try:
             generator = torch.Generator().manual_seed(wanted.seed)
-            call = dict(width=width, height=height, num_inference_steps=steps, generator=generator)
-            picture: Image.Image = self.pipe(prompt=wanted.prompt, **call, **self.options).images[0]
+            call = {**source.call, **self.options, "num_inference_steps": steps, "generator": generator}
+            picture: Image.Image = source.pipe(prompt=wanted.prompt, **call).images[0]
         finally:
             hook.remove()
         return picture

@@ -55,46 +55,43 @@ class Traced:
             spot: a place in the picture as shares of its width and height; what merged with it is lit.
         """
         plan = next(plan for plan in self.plans if (plan.block, plan.step) == (block, step - 1))
-        token = None
-        if spot is not None:
-            column, row = (
-                min(int(share * n), n - 1) for share, n in zip(spot, (plan.w, plan.h), strict=True)
-            )
-            token = row * plan.w + column
-        seen = tomesd.make_visualization(self.picture, plan, pixels=self._side(plan))
-        picture = self.picture.convert("RGB").resize(seen.size)
+        token = None if spot is None else self._token(plan, spot)
+        side = self._side(plan)
+        seen = picture = self.picture.convert("RGB").resize((plan.w * side, plan.h * side))
+        groups = plan.map.index[-1]
         if isinstance(self.method, tomesd.SampleKeys):  # nothing merged, so groups mean nothing
-            seen = picture
-            lit = torch.zeros(plan.map.tokens, dtype=torch.bool).index_fill(0, plan.map.keep[-1], True)
+            lit = torch.zeros_like(groups, dtype=torch.bool).index_fill(0, plan.map.keep[-1], True)
         else:
-            groups = plan.map.index[-1]
-            lit = groups == groups[token] if token is not None else torch.ones_like(groups, dtype=torch.bool)
+            seen = tomesd.make_visualization(self.picture, plan, pixels=side)
+            lit = torch.ones_like(groups, dtype=torch.bool) if token is None else groups == groups[token]
         return light(seen, picture, lit.view(plan.h, plan.w)), self._words(plan, lit, token)
 
     def _side(self, plan: tomesd.Plan) -> int:
         """Pixels of a token, as shown."""
         return max(LEAST, round(self.picture.width / plan.w))
 
+    def _token(self, plan: tomesd.Plan, spot: tuple[float, float]) -> int:
+        column, row = (min(int(at * n), n - 1) for at, n in zip(spot, (plan.w, plan.h), strict=True))
+        return row * plan.w + column
+
     def _words(self, plan: tomesd.Plan, lit: Tensor, token: int | None) -> str:
-        where = f"Step {plan.step + 1} of {self.steps}, {plan.w} x {plan.h} tokens."
-        tokens, left = plan.map.tokens, plan.map.groups
-        this = "" if token is None else f"The token in column {token % plan.w + 1}, row {token // plan.w + 1}"
+        tokens, left, others = plan.map.tokens, plan.map.groups, int(lit.sum()) - 1
+        with_others = f"merged with {others or 'no'} other{'s' * (others != 1)}"
         if isinstance(self.method, tomesd.SampleKeys):
-            words = (
+            all_did = (
                 f"Every pixel looked at the {left} of {tokens} tokens that are lit; other steps have others."
             )
-            state = "is one of them" if token is not None and lit[token] else "looked at them, but none at it"
-            return " ".join([where, words, f"{this} {state}." if this else ""]).strip()
-        others = int(lit.sum()) - 1
-        if isinstance(self.method, tomesd.MergeKeys):
-            words, state = (
-                f"Every pixel looked at {left} merged keys of {tokens} tokens.",
-                "has a key that merged",
-            )
+            seen = token is not None and lit[token]
+            one_did = "is one of them" if seen else "looked at them, and none looked at it"
+        elif isinstance(self.method, tomesd.MergeKeys):
+            all_did = f"Every pixel looked at {left} merged keys of {tokens} tokens."
+            one_did = f"has a key that {with_others}"
         else:
-            words, state = f"{tokens} tokens merged into {left}.", "merged"
-        this = f"{this} {state} with {others or 'no'} other{'s' * (others != 1)}." if this else ""
-        return " ".join([where, words, this]).strip()
+            all_did, one_did = f"{tokens} tokens merged into {left}.", with_others
+        words = [f"Step {plan.step + 1} of {self.steps}, {plan.w} x {plan.h} tokens.", all_did]
+        if token is not None:
+            words.append(f"The token in column {token % plan.w + 1}, row {token // plan.w + 1} {one_did}.")
+        return " ".join(words)
 
 
 def light(seen: Image.Image, picture: Image.Image, lit: Tensor) -> Image.Image:
