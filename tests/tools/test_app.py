@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -193,7 +194,7 @@ def test_who_waits_can_be_stopped_too(studio: Studio) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_click_lights_what_merged_with_a_pixel(studio: Studio, method: str) -> None:
+def test_a_click_shows_what_merged_with_a_pixel(studio: Studio, method: str) -> None:
     traced = studio.trace(settings(studio, method=method, size="128x64"), quiet)
     assert traced.steps == 2
     plan = next(plan for plan in traced.plans if (plan.block, plan.step) == (traced.finest, 1))
@@ -208,7 +209,9 @@ def test_a_click_lights_what_merged_with_a_pixel(studio: Studio, method: str) ->
         assert ("is one of them" in words) == bool(lit[15])
     else:
         lit = plan.map.index[-1] == plan.map.index[-1, 15]
-        assert f"with {int(lit.sum()) - 1 or 'no'} other" in words
+        others = int(lit.sum()) - 1
+        assert f"merged with {f'{others} in yellow' if others else 'no other'}" in words
+    lit[15] = True  # it has a colour of its own
     assert np.array_equal(~grey, lit.numpy())
     assert "column 16, row 1" in words
     assert "column" not in traced.show(traced.blocks[0], 1)[1]
@@ -231,9 +234,22 @@ def test_each_run_is_a_point_over_time() -> None:
     assert axes.get_ylim()[1] > 90
 
 
-def test_a_model_that_is_not_there_is_told_before_gradio_is_wanted(capsys: Any) -> None:
-    assert main(["app", "--model", "/nowhere/at/all"]) == 2
-    assert "there is no folder /nowhere/at/all" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "/nowhere/at/all"], "there is no folder /nowhere/at/all"),
+        (["--port", "99999"], "cannot listen at 127.0.0.1, port 99999: "),
+        (["--port", "0", "--host", "256.0.0.1"], "cannot listen at 256.0.0.1, port 0: "),
+        (["--port", "TAKEN"], "cannot listen at 127.0.0.1, port "),
+    ],
+)
+def test_a_wrong_command_line_is_told_before_gradio_is_wanted(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["app", *(port if a == "TAKEN" else a for a in arguments)]) == 2
+    assert f"python -m tomesd app: error: {says}" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

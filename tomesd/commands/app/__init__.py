@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common import Parser, UserError, guarded, need
+from ..common import Parser, UserError, first_line, guarded, need
 from ..pipelines import EMOJI_MODEL, add_device, check_model, load_pipeline, pick_device, pick_dtype
 
 PROGRAM = "python -m tomesd app"
@@ -36,8 +37,19 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     return p.parse_args(arguments)
 
 
+def check_address(host: str, port: int | None) -> None:
+    """Raises a UserError for an address that the page cannot have, before a model is loaded."""
+    try:
+        family = socket.getaddrinfo(host, port)[0][0]
+        socket.create_server((host, port or 0), family=family).close()
+    except (OSError, OverflowError) as error:
+        where = host if port is None else f"{host}, port {port}"
+        raise UserError(f"cannot listen at {where}: {first_line(error)}") from None
+
+
 def run(args: argparse.Namespace) -> int:
     check_model(args.model)
+    check_address(args.host, args.port)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     need("gradio", "app")
     from .page import THEME, make_page  # gradio takes seconds to import
@@ -46,12 +58,8 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     pipe = load_pipeline(args.model, device, pick_dtype(args.dtype, device))
     studio = Studio(pipe, device, Path(args.model).resolve() == EMOJI_MODEL)
-    try:
-        make_page(studio).launch(
-            server_name=args.host, server_port=args.port, share=args.share, theme=THEME, show_error=True
-        )
-    except OSError as error:
-        raise UserError(str(error)) from None
+    page = make_page(studio)
+    page.launch(server_name=args.host, server_port=args.port, share=args.share, theme=THEME, show_error=True)
     return 0
 
 

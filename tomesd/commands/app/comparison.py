@@ -60,6 +60,10 @@ class Run(NamedTuple):
     seconds: float
 
 
+# What the table of runs calls these.
+HEADERS = ["method", "time share", "PSNR, dB", "prompt", "size", "steps", "seed", "seconds"]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A picture drawn by a method, and plain if that was asked for."""

@@ -11,7 +11,7 @@ import gradio as gr
 from ...methods.choice import DOWNSAMPLES
 from ..common import UserError, out_of_memory
 from ..generate import AMPLIFY
-from .comparison import Run, Settings, error_over_time
+from .comparison import HEADERS, Settings, error_over_time
 from .studio import FINEST, METHODS, Cancelled, Studio
 from .traced import Traced
 
@@ -22,7 +22,7 @@ PROMPT = "red apple"
 STEPS = 20
 BOTH = "Plain | merged"
 FIRST = (
-    "Generate draws the picture plain and by the method, from the same noise. Each further run that draws "
+    "Generate draws the picture plain and by the method, from the same noise. Each run that draws "
     "plain adds a point to *Error over time*."
 )
 
@@ -141,16 +141,16 @@ def make_page(studio: Studio) -> gr.Blocks:
                     figures = gr.Markdown(FIRST)
                 with gr.Tab("Error over time"):
                     plot = gr.Plot(error_over_time([]), show_label=False, format="png")
-                    table = gr.Dataframe(headers=[*Run._fields], label="Runs", interactive=False)
+                    table = gr.Dataframe(headers=HEADERS, label="Runs", interactive=False)
                 with gr.Tab("What merged"):
                     look = gr.Button("Draw and trace")
                     with gr.Row():
-                        block = gr.Dropdown([], label="Block", interactive=False)
-                        step = gr.Slider(1, 2, 1, step=1, label="Step", interactive=False)
+                        block = gr.Dropdown([], label="Block", interactive=False, scale=3)
+                        step = gr.Slider(1, 2, 1, step=1, label="Step", interactive=False, scale=2)
                     seen = gr.Image(label="Click a pixel", format="png", interactive=False)
                     words = gr.Markdown(
-                        "Draw and trace notes, at each step, what each block merged. Then click the picture: "
-                        "what merged with that pixel is lit."
+                        "Draw and trace notes, at each step, what each block merged. Then click the picture, "
+                        "to see what merged with that pixel."
                     )
                 code = gr.Code(
                     line("Merge", 0.5, FINEST), language="python", label="The same in Python", lines=1

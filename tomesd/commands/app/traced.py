@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # How bright tokens are that are not meant.
 DIMMED = 0.5
+# The token that was clicked, magenta, and those that merged with it, yellow.
+CLICKED, OTHERS = (255, 0, 200), (255, 220, 0)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Traced:
         Args:
             block: one of `blocks`.
             step: counted from 1.
-            spot: a place in the picture as shares of its width and height; what merged with it is lit.
+            spot: a place in the picture as shares of its width and height; what merged with it is shown.
         """
         plan = next(plan for plan in self.plans if (plan.block, plan.step) == (block, step - 1))
         token = None if spot is None else self._token(plan, spot)
@@ -61,10 +63,18 @@ class Traced:
         groups = plan.map.index[-1]
         if isinstance(self.method, tomesd.SampleKeys):  # nothing merged, so groups mean nothing
             lit = torch.zeros_like(groups, dtype=torch.bool).index_fill(0, plan.map.keep[-1], True)
-        else:
+        elif token is None:
             seen = tomesd.make_visualization(self.picture, plan, pixels=side)
-            lit = torch.ones_like(groups, dtype=torch.bool) if token is None else groups == groups[token]
-        return light(seen, picture, lit.view(plan.h, plan.w)), self._words(plan, lit, token)
+            lit = torch.ones_like(groups, dtype=torch.bool)
+        else:
+            seen = picture.copy()
+            seen.paste(OTHERS, (0, 0, *seen.size))
+            lit = groups == groups[token]
+        shown = light(seen, picture, lit.view(plan.h, plan.w))
+        if token is not None:
+            x, y = token % plan.w * side, token // plan.w * side
+            shown.paste(CLICKED, (x, y, x + side, y + side))
+        return shown, self._words(plan, lit, token)
 
     def _side(self, plan: tomesd.Plan) -> int:
         """Pixels of a token, as shown."""
@@ -76,7 +86,7 @@ class Traced:
 
     def _words(self, plan: tomesd.Plan, lit: Tensor, token: int | None) -> str:
         tokens, left, others = plan.map.tokens, plan.map.groups, int(lit.sum()) - 1
-        with_others = f"merged with {others or 'no'} other{'s' * (others != 1)}"
+        with_others = f"merged with {f'{others} in yellow' if others else 'no other'}"
         if isinstance(self.method, tomesd.SampleKeys):
             all_did = (
                 f"Every pixel looked at the {left} of {tokens} tokens that are lit; other steps have others."
@@ -90,7 +100,8 @@ class Traced:
             all_did, one_did = f"{tokens} tokens merged into {left}.", with_others
         words = [f"Step {plan.step + 1} of {self.steps}, {plan.w} x {plan.h} tokens.", all_did]
         if token is not None:
-            words.append(f"The token in column {token % plan.w + 1}, row {token // plan.w + 1} {one_did}.")
+            place = f"column {token % plan.w + 1}, row {token // plan.w + 1}"
+            words.append(f"The token in magenta ({place}) {one_did}.")
         return " ".join(words)
 
 
