@@ -125,5 +125,5 @@ def error_over_time(runs: Sequence[Run]) -> Any:
     lowest, highest = min([20, *(run.psnr for run in runs)]), max([80, *(run.psnr for run in runs)])
     axes.set(xlim=(0, 1.1 * max([1, *(run.time for run in runs)])), ylim=(lowest - 2, highest + 2))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
