@@ -11,6 +11,7 @@ diffusers = [
     *("pillow", "matplotlib"),
 ]
 bench = [*diffusers, "tqdm", "scikit-image"]
+app = [*diffusers, "gradio>=6"]
 vit = ["timm>=1.0", "torchvision", "transformers>=5", "tqdm", "pillow"]
 
 setup(
@@ -28,6 +29,7 @@ setup(
     extras_require={
         "diffusers": diffusers,
         "bench": bench,
+        "app": app,
         "vit": vit,
         "xformers": ["xformers"],
         "dev": [

@@ -10,6 +10,7 @@ from .commands.common import dispatch
 COMMANDS = {
     "generate": "draws pictures with merged tokens, or plain ones beside them",
     "generate-4k": "draws pictures of 3840 x 2176 pixels with a fraction of the attention",
+    "app": "shows a page in the browser: draw, compare, see what merged",
     "tune": "finds a method for each transformer of a model, by measuring on its weights",
     "bench": "times each way to merge",
     "plot": "draws what `bench --csv` has written",

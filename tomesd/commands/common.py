@@ -91,8 +91,8 @@ def guarded(program: str, call: Callable[[], int], if_full: str = "smaller sizes
         return 2
 
 
-def need(module: str) -> Any:
-    """Imports a module.
+def need(module: str, extra: str = "bench") -> Any:
+    """Imports a module, which comes with an `extra` of the package.
 
     Raises:
         UserError: it cannot be imported; says how to get it.
@@ -100,7 +100,7 @@ def need(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"cannot import {module} ({error}): pip install 'tomesd[bench]'") from None
+        raise UserError(f"cannot import {module} ({error}): pip install 'tomesd[{extra}]'") from None
 
 
 def size(text: str) -> tuple[int, int]:

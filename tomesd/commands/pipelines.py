@@ -19,12 +19,17 @@ EMOJI_MODEL = ROOT / "examples" / "emoji-model"
 SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def add_places(parser: argparse.ArgumentParser) -> None:
-    """Where to draw, how precisely, and where the pictures go."""
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where to draw, and how precisely."""
     best = "cpu, cuda, cuda:1, mps, ... (default: the best there is)"
     parser.add_argument("--device", default="auto", help=best)
     precision = "default: fp16 on cuda, else fp32"
     parser.add_argument("--dtype", choices=("auto", *SHORT), default="auto", help=precision)
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Where to draw, how precisely, and where the pictures go."""
+    add_device(parser)
     pictures = "folder for pictures (default: outputs)"
     parser.add_argument("--out", type=Path, default=Path("outputs"), help=pictures)
 
