@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..maths.grid import shift_of
 from ..maths.token_map import TokenMap
 from .family import Site, submodule
 from .hooks import OWNER, Args, Argument, Kwargs, Patch, PerThread
@@ -37,6 +38,11 @@ class Image:
     number: int | None = None  # of the step in its loop, if it is known
     tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # of `always`
     shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # of `once`
+
+    @property
+    def shift(self) -> Tensor:
+        """A random number of this step, int64 `[1 or B]`: `maths.grid.shift_of`."""
+        return self.once("shift", lambda: shift_of(self.timestep, self.device))
 
     def fits(self, h: int, w: int, batch: int, device: torch.device) -> bool:
         """Whether this is an image of that size, for so many samples."""
@@ -107,7 +113,7 @@ class Current:
     """Where a thread is: the step of its network's forward, and its call of a container."""
 
     step: Step | None = None
-    begun: bool = False  # whether the network's own hook has set the step
+    begun: bool = False  # whether the step of the forward that runs is known
     call: Call | None = None
 
 
@@ -148,26 +154,27 @@ class NetworkHooks:
         for listener in self.patch.listeners:
             listener.begin()
         if self.has_clock and torch.compiler.is_compiling():
-            self.own.get().step = None  # a forward that failed may have left one
+            self.own.get().begun = False  # a forward that failed may have left it so
             return
         self.set(Step.at(self.timestep.get(args, kwargs)))
-        self.own.get().begun = True
 
     def tick(self, clock: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        own = self.own.get()
-        if not own.begun:
+        # Once in a forward: some give it other numbers as well, such as frames per second.
+        if not self.own.get().begun:
             self.set(Step.at(self.given.get(args, kwargs)))
-        own.begun = False
 
     def set(self, step: Step) -> None:
-        self.own.get().step = step
+        own = self.own.get()
+        own.step, own.begun = step, True
         if not torch.compiler.is_compiling():
             self.last = step
 
     def end(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+        own = self.own.get()
+        own.begun = False
         # Else kept for what checkpointing recomputes. Compiled code would have to return it from each call.
         if torch.compiler.is_compiling():
-            self.own.get().step = None
+            own.step = None
 
     def image(self, level: int, h: int, w: int, x: Tensor, step: Step | None = None) -> Image:
         """The image of `h` x `w` tokens of a level, for a batch `x` `[B, C, ...]` of them."""

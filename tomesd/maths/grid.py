@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
+SHIFTS = 1 << 12  # by which a table of random numbers is moved from step to step
 RANGE = 1 << 31  # of random numbers, so that a pair of one and a position fits int64
 Bits = TypeVar("Bits", int, Tensor)
 
@@ -93,11 +94,42 @@ class Grid:
         x = torch.arange(self.columns, device=offset.device)[None, :] * self.sx
         return (y * self.w + x).flatten() + offset // self.sx * self.w + offset % self.sx
 
+    def draws(self, seed: int | None, device: torch.device | None = None) -> Draws:
+        """What the dst of any step are drawn from: with a seed of None, always the top left ones."""
+        if seed is None:
+            return Draws(self.dst(torch.zeros(1, 1, dtype=torch.int64, device=device)))
+        drawn = cell_offsets(self.cells + SHIFTS, self.sy * self.sx, seed, 0, device)[0]
+        corners = self.dst(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        return Draws(corners, drawn // self.sx * self.w + drawn % self.sx)
+
     def partition(self, dst: Tensor) -> Partition:
         """One dst in each cell, at its position `[b, cells]`; all other tokens are src."""
         taken = torch.zeros(dst.shape[0], self.h * self.w, dtype=torch.uint8, device=dst.device)
         src = taken.scatter(1, dst, 1).argsort(dim=1, stable=True)[:, : self.max_r]
         return Partition(src, dst)
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """A table of random numbers, of which each step takes another part: drawing costs next to nothing."""
+
+    corners: Tensor  # position of the top left token of each cell, int64 [1, cells]
+    table: Tensor | None = None  # how far from it a dst is, int64 [cells + SHIFTS]
+
+    def dst(self, shift: Tensor) -> Tensor:
+        """Position of the dst of each cell in steps of a `shift` `[b]`, int64 `[b, cells]`."""
+        if self.table is None:
+            return self.corners
+        return self.table.unfold(0, self.corners.shape[1], 1).index_select(0, shift) + self.corners
+
+
+def shift_of(timestep: Tensor | float, device: torch.device | None = None) -> Tensor:
+    """A pseudo-random number in `[0, SHIFTS)` for a timestep, or for each of a tensor of b: int64 `[b]`."""
+    if not isinstance(timestep, Tensor):
+        timestep = torch.full((1,), timestep, dtype=torch.float32, device=device)
+    bits = _bits(timestep.detach().to(device, torch.float32).reshape(-1))
+    # Multiplicative hashing, by an odd number near 2^32 / 1.618; the high bits of the product are mixed best.
+    return ((bits & MASK) * 0x9E3779B1 & MASK) >> 20
 
 
 def cell_offsets(

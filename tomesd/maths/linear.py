@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .devices import has_cholesky
 from .token_map import TokenMap, in_full_precision
 
 # So many merged tokens are looked at; of each three, two are fitted and one judges the fit.
@@ -22,7 +25,8 @@ def unmerge_linear(token_map: TokenMap, x: Tensor, merged: Tensor, y: Tensor) ->
 
     `W` is fitted, for each sample, to what the module made of merged tokens: ridge regression of `y` on
     `merged`. It is exact as far as the module is linear in each token and the ridge is small. Where other
-    merged tokens are not predicted better than by their mean, `W` is 0, and this is `TokenMap.unmerge`.
+    merged tokens are not predicted better than by their mean, or where a device cannot solve for it, `W` is
+    0, and this is `TokenMap.unmerge`.
 
     The fit is in float32, shapes are static, nothing waits for the device, and gradients of all orders are
     those of the formula.
@@ -37,39 +41,56 @@ def unmerge_linear(token_map: TokenMap, x: Tensor, merged: Tensor, y: Tensor) ->
         `[B, N, D]` in the dtype of `y`.
     """
     base = token_map.unmerge(y)
-    if token_map.is_identity or token_map.groups < 3:
+    if token_map.is_identity or token_map.groups < 3 or not has_cholesky(y.device):
         return base
     # In place, as each of these has the size of all tokens.
-    apart = token_map.unmerge(merged).neg_().add_(x).to(y.dtype)
+    apart = token_map.unmerge(merged)
+    apart = torch.sub(x, apart, out=None if apart.requires_grad or x.requires_grad else apart).to(y.dtype)
     with in_full_precision(x):
         return base.baddbmm_(apart, fit(merged, y).to(y.dtype))
 
 
 def fit(x: Tensor, y: Tensor) -> Tensor:
     """The linear map `[B, C, D]` that makes `y` `[B, M, D]` of `x` `[B, M, C]` but for a constant, or 0."""
-    some = slice(None, None, -(-x.shape[1] // SAMPLE))
+    c, some = x.shape[2], slice(None, None, -(-x.shape[1] // SAMPLE))
     sample = torch.cat([x[:, some], y[:, some]], dim=2)
     sample = sample[:, : sample.shape[1] // 3 * 3].to(torch.promote_types(sample.dtype, torch.float32))
-    thirds = (sample - sample.mean(1, keepdim=True)).unflatten(1, (-1, 3))
-    inputs, outputs = thirds[:, :, :2].flatten(1, 2).tensor_split([x.shape[2]], dim=2)
-    given, wanted = thirds[:, :, 2].tensor_split([x.shape[2]], dim=2)
-    first, second = maps = ridge(inputs, outputs)
-    missed = (wanted - given @ maps).square().sum((2, 3))
+    *fitted, judge = (sample - sample.mean(1, keepdim=True)).unflatten(1, (-1, 3)).unbind(2)
+    first, second = maps = ridge(fitted, c)
+    given, wanted = judge.tensor_split([c], dim=2)
+    missed = torch.linalg.vector_norm(wanted - given @ maps, dim=(2, 3))
     better = torch.where((missed[1] < missed[0])[:, None, None], second, first)
     # Not numbers are not less, so that a sample that has such falls back as well.
-    fits = missed.amin(0) < wanted.square().sum((1, 2))
+    fits = missed.amin(0) < torch.linalg.vector_norm(wanted, dim=(1, 2))
     return torch.where(fits[:, None, None], better, 0)
 
 
-def ridge(x: Tensor, y: Tensor) -> Tensor:
-    """Ridge regression, without intercept, of `y` `[B, n, D]` on `x` `[B, n, C]`: `[2, B, C, D]`."""
-    n, c = x.shape[1:]
-    # Of the two forms of the same solution the one with the smaller matrix.
-    gram, right = (x.mT @ x, x.mT @ y) if c <= n else (x @ x.mT, y)
-    size = x.square().sum((1, 2)) / c + TINY
+def ridge(parts: Sequence[Tensor], c: int) -> Tensor:
+    """Ridge regression, without intercept, of the channels from `c` on, on those before.
+
+    Args:
+        parts: of the samples, each `[B, n, C + D]`.
+
+    Returns:
+        One for each of the ridges, `[2, B, C, D]`.
+    """
+    if c <= sum(part.shape[1] for part in parts):
+        gram = parts[0][..., :c].mT @ parts[0]
+        for part in parts[1:]:
+            gram = torch.baddbmm(gram, part[..., :c].mT, part)
+        gram, right = gram.tensor_split([c], dim=2)
+        return _solve(gram, right, c)
+    # Of the two forms of the same solution this one has the smaller matrix.
+    x, y = torch.cat(list(parts), dim=1).tensor_split([c], dim=2)
+    return x.mT @ _solve(x @ x.mT, y, c)
+
+
+def _solve(gram: Tensor, right: Tensor, c: int) -> Tensor:
+    # The trace of either form is the sum of the inputs' squares.
+    size = gram.diagonal(dim1=1, dim2=2).mean(1).add_(TINY)
     grams = gram.repeat(len(RIDGES), 1, 1, 1)
     for i, share in enumerate(RIDGES):
-        grams[i].diagonal(dim1=1, dim2=2).add_(size[:, None], alpha=share)
-    # cholesky_ex does not wait for the device to say whether it failed; with a ridge it does not.
-    found = torch.cholesky_solve(right.expand(len(RIDGES), *right.shape), torch.linalg.cholesky_ex(grams).L)
-    return found if c <= n else x.mT @ found
+        grams[i].diagonal(dim1=1, dim2=2).add_(size[:, None], alpha=share * gram.shape[1] / c)
+    # cholesky_ex does not wait for the device to say whether it failed. Then there are no numbers, which fit
+    # nothing.
+    return torch.cholesky_solve(right.expand(len(RIDGES), *right.shape), torch.linalg.cholesky_ex(grams).L)

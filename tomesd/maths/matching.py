@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from .grid import Grid, Partition
+from .numbers import up_to
 from .token_map import TokenMap, _norm, _take
 
 # Similarities held at once for each sample by exact matching; more are computed in chunks of src rows. The
 # size of the batch does not enter: compiled and exported programs may leave it open.
 CHUNK = 1 << 24
+TINY = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +27,6 @@ class Windows:
     tokens: Tensor  # position of each token, int64 [windows, L]
     cells: Tensor  # number of each cell, int64 [windows, K]
     slot: Tensor  # where in `tokens` each token of the image is to be looked up, int64 [N]
-    first: Tensor  # the place in `cells` at which the window of this slot begins, int64 [N]
 
     @classmethod
     def of(cls, grid: Grid, side: int = 16, device: torch.device | None = None) -> Windows:
@@ -39,9 +40,11 @@ class Windows:
         number = y.number[:, None] * x.starts.shape[0] + x.number
         slot = (number * y.tokens.shape[1] + y.place[:, None]) * x.tokens.shape[1] + x.place
         cells = outer(y.cells, x.cells, grid.columns)
-        return cls(
-            outer(y.tokens, x.tokens, grid.w), cells, slot.flatten(), number.flatten() * cells.shape[1]
-        )
+        return cls(outer(y.tokens, x.tokens, grid.w), cells, slot.flatten())
+
+    def receivers(self, dst: Tensor) -> Tensor:
+        """The dst of the windows, `[1 or B, windows * K]`, of one in each cell, `[1 or B, cells]`."""
+        return dst.index_select(1, self.cells.flatten())
 
 
 @torch.no_grad()
@@ -95,37 +98,48 @@ def match_exact(
 
 
 @torch.no_grad()
-def match_windowed(metric: Tensor, windows: Windows, dst: Tensor, r: int) -> TokenMap:
+def match_windowed(
+    metric: Tensor, windows: Windows, dst: Tensor, r: int, receivers: Tensor | None = None
+) -> TokenMap:
     """As exact matching, but a token may only join a dst of its own window of the image.
 
     The r best pairs are still taken over the whole image. With windows of side w it costs
-    `N * w^2 / (sx * sy)` similarities instead of `N^2 / (sx * sy)`.
+    `N * w^2 / (sx * sy)` similarities instead of `N^2 / (sx * sy)`. Of a window in which a dst is not finite
+    tokens merge last. Groups are in no order.
 
     Args:
         metric: what is compared, floating point `[B, h * w, C]`.
         windows: of the image.
         dst: position of each cell's dst, int64 `[1 or B, cells]`.
         r: how many tokens leave, at most the grid's `max_r`.
+        receivers: `windows.receivers(dst)`, if it is known already.
     """
-    b = metric.shape[0]
-    dst = dst.expand(b, -1)
-    count, k = windows.cells.shape
-    norm = _norm(metric)
-    receivers = dst.index_select(1, windows.cells.flatten())
-    unit, bad = _unit(_take(metric, receivers), norm.gather(1, receivers))
-    members = metric.index_select(1, windows.tokens.flatten()).view(b * count, -1, metric.shape[2])
-    value, local = (members @ unit.view(b * count, k, -1).mT).max(dim=-1)
-    # Back from windows to the image: where windows overlap each token takes its own window's answer.
-    local = local.view(b, -1).index_select(1, windows.slot) + windows.first
-    n, cells = metric.shape[1], dst.shape[1]
+    (b, n, c), cells, (count, k) = metric.shape, dst.shape[1], windows.cells.shape
+    norm = _norm(metric).clamp_min_(TINY)
+    receivers = windows.receivers(dst) if receivers is None else receivers
+    members = metric.index_select(1, windows.tokens.flatten()).view(b * count, -1, c)
+    products = members @ _take(metric, receivers).view(b * count, k, c).mT
+    # The best dst does not depend on the length of src.
+    value, local = products.div_(_take(norm, receivers).view(b * count, 1, k)).max(dim=-1)
+
+    def joined(choices: Tensor) -> Tensor:
+        """Which of each window's `choices` `[1 or B, windows * K]` each token of the image takes."""
+        best = choices.view(-1, count, k).expand(b, -1, -1).gather(2, local.view(b, count, -1))
+        # Back to the image: where windows overlap each token takes its own window's answer.
+        return best.view(b, -1).index_select(1, windows.slot)
+
     if r == n - cells:  # all join, and nobody has to be chosen
-        index = windows.cells.flatten().index_select(0, local.flatten()).view(b, n)
-        return TokenMap(index.scatter(1, dst, torch.arange(cells, device=dst.device).expand(b, -1)), dst)
-    value = value.view(b, -1).index_select(1, windows.slot)
-    # dst must rank below whatever may leave, or topk could pick one of them.
-    score = _score(value, norm, bad.gather(1, local)).scatter(1, dst, -torch.inf)
-    chosen = score.topk(r, dim=1, sorted=False).indices
-    return TokenMap.from_pairs(n, chosen, receivers.gather(1, local.gather(1, chosen)))
+        index = joined(windows.cells)
+        cell = up_to(cells, dst.device)
+        dst = dst.expand(b, -1)
+        return TokenMap(index.scatter_(1, dst, cell.expand(b, -1)), dst)
+    score = value.view(b, -1).index_select(1, windows.slot) / norm
+    # dst must rank below whatever may leave, or they could be among what leaves.
+    score = score.nan_to_num_(-2, -2, -2).scatter_(1, dst.expand(b, -1), -torch.inf)
+    keep = score.topk(n - r, dim=1, largest=False, sorted=False).indices
+    group = up_to(n - r, dst.device).expand(b, -1)
+    rank = keep.new_full((b, n), -1).scatter_(1, keep, group)
+    return TokenMap(torch.where(rank < 0, rank.gather(1, joined(receivers)), rank), keep)
 
 
 def _rows(x: Tensor, positions: Tensor) -> Tensor:

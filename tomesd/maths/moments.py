@@ -45,18 +45,11 @@ class Missed(NamedTuple):
 def missed_by_sample(x: Tensor, sampled: Tensor, sample: TokenMap, moments: int) -> Missed:
     """What `sampled` ones of tokens `x` `[B, N, C]` miss: of the mean, with 2 moments of the covariance."""
     x, sampled = _precise(x), _precise(sampled)
-    n, m = sample.tokens, sample.groups
-    share = x.new_full((sample.keep.shape[0], n), 1 / n)
-    share = share.scatter(1, sample.keep, x.new_full(sample.keep.shape, 1 / n - 1 / m))
-    weighted = x * share[..., None]
-    mean = weighted.sum(1, keepdim=True)
+    of_all, of_few = x.mean(1, keepdim=True), sampled.mean(1, keepdim=True)
     if moments < 2:
-        return Missed(mean)
-    # Covariances are second moments less squares of means: those of all, and of all less the difference.
-    cross = x.mean(1, keepdim=True).mT @ mean
-    sampled = sampled - sampled.mean(1, keepdim=True)
-    covariance = weighted.mT @ x - cross - cross.mT + mean.mT @ mean
-    return Missed(mean, covariance, sampled.mT @ sampled / m)
+        return Missed(of_all - of_few)
+    left = _covariance(sampled, of_few)
+    return Missed(of_all - of_few, _covariance(x, of_all) - left, left)
 
 
 def missed_by_groups(x: Tensor, merged: Tensor, token_map: TokenMap) -> Missed:
@@ -64,7 +57,8 @@ def missed_by_groups(x: Tensor, merged: Tensor, token_map: TokenMap) -> Missed:
     x, merged, n = _precise(x), _precise(merged), token_map.tokens
     apart = x - token_map.unmerge(merged)
     merged = merged - x.mean(1, keepdim=True)
-    return Missed(None, apart.mT @ apart / n, (merged * (token_map.sizes / n)[..., None]).mT @ merged)
+    left = (merged * (token_map.sizes / n)[..., None]).mT @ merged
+    return Missed(None, torch.baddbmm(left, apart.mT, apart, beta=0, alpha=1 / n), left)
 
 
 def add_missed(y: Tensor, x: Tensor, missed: Missed, layers: Layers) -> Tensor:
@@ -74,25 +68,29 @@ def add_missed(y: Tensor, x: Tensor, missed: Missed, layers: Layers) -> Tensor:
     shift = 0 if mean is None else mean.to(v.dtype) @ v.mT @ out.mT
     if covariance is None or left is None:
         return (y + shift).to(y.dtype)
-    keys, values, queries = (weight.unflatten(0, (layers.heads, -1)) for weight in (k, v, q))
-    # [2, B, heads, D, D]
-    change = layers.scale * (keys @ torch.stack([covariance, left])[:, :, None].to(k.dtype)) @ values.mT
-
-    def outputs(per_head: Tensor) -> Tensor:
-        return per_head.transpose(-3, -2).flatten(-2) @ out.mT  # of [..., heads, T, D]
-
-    matrix, of_left = outputs(queries.mT @ change)
+    b, heads = y.shape[0], layers.heads
+    # Each product is one of matrices, of all heads or all samples at once: [2, B, C, heads * D] of keys, then
+    # [heads, 2 * B * D, E] with values, then [C, 2 * B * E] with queries.
+    products = (torch.stack([covariance, left]).to(k.dtype) @ k.mT).unflatten(3, (heads, -1))
+    products = products.permute(3, 0, 1, 4, 2).reshape(heads, -1, v.shape[1])
+    products = products @ v.unflatten(0, (heads, -1)).mT @ out.unflatten(1, (heads, -1)).permute(1, 2, 0)
+    products = products.view(heads, 2, b, -1, out.shape[0]).permute(0, 3, 1, 2, 4).reshape(q.shape[0], -1)
+    matrix, of_left = (q.mT @ products).view(-1, 2, b, out.shape[0]).permute(1, 2, 0, 3)
     some = slice(None, None, -(-x.shape[1] // SAMPLE))
     given, seen = (_precise(z[:, some]) for z in (x, y))
     expected = (given - given.mean(1, keepdim=True)) @ of_left
     # Sums of products with what is centred need no other centring.
-    damping = (expected * seen).sum((1, 2)) / expected.square().sum((1, 2)).clamp_min(TINY)
-    damping = damping.clamp(0, 1)[:, None, None]
+    whole = expected.square().sum((1, 2)).mul(layers.scale).clamp_min(TINY)
+    damping = ((expected * seen).sum((1, 2)) / whole).clamp(0, 1).mul(layers.scale)[:, None, None]
     if layers.q_bias is not None:
-        shift = shift + damping * outputs(
-            _precise(layers.q_bias).unflatten(0, (layers.heads, 1, -1)) @ change[0]
-        )
+        of_bias = (_precise(layers.q_bias) @ products).view(2, b, 1, -1)[0]
+        shift = shift + damping * of_bias
     return (y + shift).to(y.dtype).baddbmm_(x.to(y.dtype), (damping * matrix).to(y.dtype))
+
+
+def _covariance(x: Tensor, mean: Tensor) -> Tensor:
+    """That of tokens `x` `[B, N, C]` of this `mean` `[B, 1, C]`."""
+    return torch.baddbmm(mean.mT @ mean, x.mT, x, beta=-1, alpha=1 / x.shape[1])
 
 
 def _precise(x: Tensor) -> Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .devices import has_bags
+from .numbers import up_to
+
+T = TypeVar("T")
 MODES = ("mean", "sum", "amax", "mlerp", "drop")
 
 
@@ -33,6 +38,7 @@ class TokenMap:
 
     index: Tensor
     keep: Tensor
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False)  # what follows from these two
 
     @classmethod
     def identity(cls, n: int, device: torch.device | str | None = None) -> TokenMap:
@@ -103,7 +109,25 @@ class TokenMap:
     @property
     def sizes(self) -> Tensor:
         """Number of tokens in each group, int64 `[B, M]`."""
-        return torch.zeros_like(self.keep).scatter_add(1, self.index, torch.ones_like(self.index))
+        return self._once("sizes", self._sizes)
+
+    def _sizes(self) -> Tensor:
+        if not has_bags(self.index.device):
+            ones = torch.ones(self.rows.shape, device=self.index.device)
+            counts = ones.new_zeros(self.keep.numel()).index_add(0, self.rows, ones)
+            return counts.to(torch.int64).view_as(self.keep)
+        _, ends = self._bags()
+        return (ends[1:] - ends[:-1]).view_as(self.keep)
+
+    def _bags(self) -> tuple[Tensor, Tensor]:
+        """Tokens of all samples by their groups, and where each group begins, and where the last one ends."""
+        return self._once("bags", lambda: _sorted(self.rows, self.keep.numel()))
+
+    @property
+    def rows(self) -> Tensor:
+        """The group of each token as a row of all samples' groups, int64 `[B * N]`."""
+        b = self.index.shape[0]
+        return self._once("rows", lambda: self.index[0] if b == 1 else _flat(self.index, b, self.groups))
 
     def source_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`[B, M, N]`, 1 where a token belongs to a group, else 0. Grows as M x N: made on request only."""
@@ -174,7 +198,11 @@ class TokenMap:
     def unmerge(self, y: Tensor) -> Tensor:
         """Gives every token its group's value: `[B, M, ...]` -> `[B, N, ...]`."""
         self._check(y, self.groups, "unmerge")
-        return y if self.is_identity else _take(y, self.index)
+        if self.is_identity:
+            return y
+        if self.index.shape[0] != y.shape[0]:
+            return _take(y, self.index)
+        return y.flatten(0, 1).index_select(0, self.rows).view(*self.index.shape, *y.shape[2:])
 
     def fits(self, x: Tensor, length: int | None = None) -> bool:
         """Whether `x` has the shape `[B, N, ...]` that this map merges; or another `length` than N."""
@@ -199,27 +227,40 @@ class TokenMap:
         shape = (x.shape[0], self.groups, *x.shape[2:])
         if x.numel() == 0:
             return x.new_zeros(shape)
-        flat = _flat(self.index, x.shape[0], self.groups)
-        count = torch.zeros(groups, dtype=torch.int64, device=x.device)
-        count = count.scatter_add(0, flat, torch.ones_like(flat))
         table = x.reshape(x.shape[0] * self.tokens, -1)
-        if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        own = self.index.shape[0] == x.shape[0]
+        flat = self.rows if own else _flat(self.index, x.shape[0], self.groups)
+        has_history = x.requires_grad or (weight is not None and weight.requires_grad)
+        if (torch.is_grad_enabled() and has_history) or not has_bags(x.device):
             # embedding_bag has no second derivative.
-            if mean:
-                weight = _reciprocal(count, x.dtype)[flat]
             rows = table if weight is None else table * weight.reshape(-1, 1)
-            out = rows.new_zeros(groups, rows.shape[1])
-            return out.index_add(0, flat, rows).view(shape)
+            out = rows.new_zeros(groups, rows.shape[1]).index_add(0, flat, rows).view(shape)
+            return out / _align(self.sizes, out).to(out.dtype) if mean else out
         # embedding_bag over rows sorted by group, the sorting included, takes a half of index_add's time at
         # 2 x 16,384 tokens on CPU (scripts/bench ops), and sums in float32.
-        by_group, order = flat.sort(stable=True)
-        if mean:
-            weight = _reciprocal(count, x.dtype)[by_group]
-        elif weight is not None:
-            weight = weight.reshape(-1)[order]
-        offsets = count.cumsum(0) - count
-        out = F.embedding_bag(order, table, offsets=offsets, mode="sum", per_sample_weights=weight)
-        return out.view(shape)
+        order, ends = self._bags() if own else _sorted(flat, groups)
+        if mean and x.dtype.itemsize < 4 and x.device.type == "cpu":
+            # There it would divide what it has rounded.
+            weight = self.sizes.float().reciprocal().to(x.dtype).expand(x.shape[0], -1).flatten()[flat]
+        if weight is not None:
+            weight, mean = weight.reshape(-1)[order], False
+        mode = "mean" if mean else "sum"
+        return F.embedding_bag(order, table, offsets=ends[:-1], mode=mode, per_sample_weights=weight).view(
+            shape
+        )
+
+    def _once(self, key: Any, make: Callable[[], T]) -> T:
+        """What follows from the map alone: made at the first call that needs it."""
+        if torch.compiler.is_compiling():
+            return make()  # part of the program
+        if key not in self.memo:
+            made = make()
+            # Tensors of FakeTensorMode or of inference mode would be of no use later.
+            if type(self.index) is not Tensor or torch.is_inference_mode_enabled():
+                return made
+            self.memo[key] = made
+        found: T = self.memo[key]
+        return found
 
     def _scatter(self, x: Tensor, reduce: str) -> Tensor:
         index = _align(self.index, x).expand_as(x)
@@ -243,17 +284,22 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x[..., None].flatten(2), dim=-1, dtype=dtype)
 
 
-def _reciprocal(count: Tensor, dtype: torch.dtype) -> Tensor:
-    return count.to(torch.promote_types(dtype, torch.float32)).reciprocal().to(dtype)
+def _sorted(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Tokens in the order of their groups, and where each of so many groups begins, and the last one ends."""
+    by_group, order = rows.sort(stable=True)
+    return order, torch.searchsorted(by_group, up_to(groups + 1, rows.device))
 
 
 def _flat(positions: Tensor, batch: int, length: int) -> Tensor:
     """Positions `[B, T]` within each of `batch` sequences of `length`, as rows of the flattened batch."""
-    return (positions + length * torch.arange(batch, device=positions.device)[:, None]).flatten()
+    first = up_to(batch * length, positions.device)[::length]
+    return (positions + first[:, None]).flatten()
 
 
 def _take(x: Tensor, positions: Tensor) -> Tensor:
     """`x[b, positions[b]]`: `[B, T, ...]` -> `[B, P, ...]`."""
+    if positions.shape[0] == 1:
+        return x.index_select(1, positions[0])
     # Rows of a flat table: a quarter of the time of torch.gather with an expanded index.
     rows = x.flatten(0, 1).index_select(0, _flat(positions, x.shape[0], x.shape[1]))
     return rows.view(x.shape[0], positions.shape[1], *x.shape[2:])

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..hosts.family import Site, submodule
 from ..hosts.hooks import Args, Kwargs, Patch
 from ..hosts.image import BlockHooks, Image
-from ..maths.grid import Grid, cell_offsets
+from ..maths.grid import Grid
 from ..maths.linear import unmerge_linear
 from ..maths.matching import Windows, match_exact, match_windowed
 from ..maths.token_map import TokenMap
@@ -68,16 +67,12 @@ def match(
         return TokenMap.identity(x.shape[1], x.device)
     stride = grid.sx, grid.sy
 
-    def draw() -> Tensor:
-        if seed is None:
-            return grid.dst(torch.zeros(1, 1, dtype=torch.int64, device=image.device))
-        choices = grid.sy * grid.sx
-        return grid.dst(cell_offsets(grid.cells, choices, seed, image.timestep, image.device))
-
-    dst = image.once(("dst", *stride, seed), draw)
+    draws = image.always(("draws", *stride, seed), lambda: grid.draws(seed, image.device))
+    dst = image.once(("dst", *stride, seed), lambda: draws.dst(image.shift))
     if matching == "windowed":
         windows = image.always(("windows", *stride), lambda: Windows.of(grid, device=image.device))
-        return match_windowed(x, windows, dst, r)
+        receivers = image.once(("receivers", *stride, seed), lambda: windows.receivers(dst))
+        return match_windowed(x, windows, dst, r, receivers)
     return match_exact(x, image.once(("partition", *stride, seed), lambda: grid.partition(dst)), r)
 
 

@@ -12,7 +12,7 @@ from ..hosts.family import submodule
 from ..hosts.hooks import Args, Kwargs, hooks_before
 from ..hosts.image import Image
 from ..maths.moments import Missed, missed_by_sample
-from ..maths.sampling import sample_tokens
+from ..maths.sampling import Samples, how_many, sample_tokens
 from ..maths.token_map import TokenMap
 from . import options
 from .keys import FewerKeys, KeysMethod
@@ -59,14 +59,20 @@ class SampleKeys(KeysMethod):
 
     def plan(self, x: Tensor, image: Image) -> TokenMap:
         size = image.h, image.w, self.left(image.h, image.w)
-        seed, t, device = self.seed, image.timestep, image.device
-        if seed is None:
-            return image.always(("sample", size), lambda: sample_tokens(*size, 0, 0, device))
-        # A program of torch.compile would be made anew for each number.
-        number = None if self.replacement or torch.compiler.is_compiling() else image.number
-        return image.once(
-            ("sample", size, seed, number), lambda: sample_tokens(*size, seed, t, device, number)
-        )
+        n, device = image.h * image.w, image.device
+        if size[2] == n:
+            return TokenMap.identity(n, device)
+        seed, turns = self.seed or 0, not self.replacement and image.number is not None
+        # Programs of torch.compile draw where others look up, as they would make the whole table anew.
+        if torch.compiler.is_compiling():
+            row = 0 if self.seed is None else image.shift % how_many(n)
+            return image.once(("sample", size, seed), lambda: sample_tokens(*size, seed, row, device))
+        key = "samples", size, seed, turns
+        samples = image.always(key, lambda: Samples.of(*size, seed, turns, device))
+        if self.seed is None:
+            return samples[0]
+        row = image.number % how_many(n) if turns else image.shift % how_many(n)
+        return image.once(("sample", *key), lambda: samples[row])
 
 
 class SampledKeys(FewerKeys):

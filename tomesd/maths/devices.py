@@ -1,0 +1,45 @@
+"""What a device can do: some lack operations that make merging fast. Asked once for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+
+def has_bags(device: torch.device) -> bool:
+    """Whether it sums bags of rows: MPS does from torch 2.10 on."""
+    return _can(_sum_bags, device)
+
+
+def has_cholesky(device: torch.device) -> bool:
+    """Whether it solves by Cholesky's factors."""
+    return _can(_solve, device)
+
+
+def _can(operation: Callable[[torch.device], object], device: torch.device) -> bool:
+    if torch.compiler.is_compiling():  # where nothing can be tried
+        return device.type in ("cpu", "cuda")
+    return _tried(operation, device.type)
+
+
+@cache
+def _tried(operation: Callable[[torch.device], object], kind: str) -> bool:
+    try:
+        operation(torch.device(kind))
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def _sum_bags(device: torch.device) -> object:
+    rows, order = torch.zeros(2, dtype=torch.int64, device=device).sort(stable=True)
+    ends = torch.searchsorted(rows, torch.arange(2, device=device))
+    return F.embedding_bag(order, torch.ones(2, 1, device=device), offsets=ends[:-1], mode="mean")
+
+
+def _solve(device: torch.device) -> object:
+    one = torch.ones(1, 1, 1, device=device)
+    return torch.cholesky_solve(one, torch.linalg.cholesky_ex(one).L)
