@@ -1,0 +1,87 @@
+"""The code of README and docs as it stands there, on tiny models; and their links."""
+
+import re
+from pathlib import Path
+
+import diffusers as D
+import pytest
+import timm
+import tiny
+import torch
+
+import tomesd
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+CODE = [page for page in PAGES if page.name != "CONTRIBUTING.md"]  # that one has a test of its own
+
+
+def names():
+    """What the pages of the API take as given."""
+    torch.manual_seed(0)
+    metric = torch.randn(2, 64 * 64, 8)
+    return {
+        "tomesd": tomesd,
+        "keys": torch.randn(2, 40, 8),
+        "block_keys": lambda y: y,
+        "block": lambda y: y,
+        "attention": lambda y: y,
+        "index": torch.arange(200)[None] // 2,
+        "another": tomesd.TokenMap.identity(100),
+        "sizes": torch.ones(2, 4096),
+        "metric": metric,
+        "x": metric,
+        "torch": torch,
+    }
+
+
+@pytest.fixture
+def tiny_world(monkeypatch, tmp_path):
+    pipe = tiny.sd(unet=tiny.unet())
+    call = type(pipe).__call__
+
+    def small(self, *args, height=None, width=None, **kwargs):
+        kwargs["num_inference_steps"] = min(kwargs.get("num_inference_steps", 2), 2)
+        return call(self, *args, height=128, width=128, **kwargs)
+
+    monkeypatch.setattr(D.StableDiffusionPipeline, "__call__", small)
+    monkeypatch.setattr(D.StableDiffusionPipeline, "from_pretrained", lambda *_, **__: pipe)
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda name, **_: timm.models.VisionTransformer(depth=4, embed_dim=24, num_heads=3),
+    )
+    monkeypatch.setattr(
+        tomesd,
+        "tune",
+        lambda pipe, *_, **__: tomesd.Recipe({tomesd.explain(pipe).rows[0].name: tomesd.Merge(0.5)}),
+    )
+    monkeypatch.chdir(tmp_path)
+    yield pipe
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("page", CODE, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tiny_world):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    space = {**names(), "pipe": tiny_world}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), space)
+
+
+def anchors(page):
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
