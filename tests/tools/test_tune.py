@@ -22,7 +22,7 @@ METHODS = (Merge(0.5), SampleKeys(0.5))
 
 @pytest.fixture(scope="module")
 def emoji():
-    pipe = D.StableDiffusionPipeline.from_pretrained("examples/emoji-model", safety_checker=None)
+    pipe = D.StableDiffusionPipeline.from_pretrained("tomesd/emoji-model", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -6,16 +6,22 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Pictures = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float64]
+from .common import Lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Pictures: TypeAlias = npt.NDArray[np.uint8]
+    Floats: TypeAlias = npt.NDArray[np.float64]
+else:
+    np, Pictures, Floats = Lazy("numpy"), Any, Any
 
 # PSNR of pictures that are equal, in dB. One of 512 x 512 pixels that differs in one value by 1 has 107.
 EQUAL = 120.0

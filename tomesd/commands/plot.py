@@ -1,8 +1,8 @@
 """Draws what `bench --csv` has written: speed over size, and below it the share of the ideal or memory.
 
-    python -m tomesd bench --csv bench.csv
-    python -m tomesd plot bench.csv --out bench.png
-    python -m tomesd plot cpu.csv gpu.csv --below peak_mib --out bench.png
+    tomesd bench --csv bench.csv
+    tomesd plot bench.csv --out bench.png
+    tomesd plot cpu.csv gpu.csv --below peak_mib --out bench.png
 
 A panel for each device, level, model, dtype and kind of running, a line for each way. What was measured twice
 is drawn as it was measured last.
@@ -23,7 +23,7 @@ from .bench import FIGURES
 from .common import Row, UserError, guarded, need
 from .ways import WAYS, Ways
 
-PROGRAM = "python -m tomesd plot"
+PROGRAM = "tomesd plot"
 # What makes a panel, and how to put it.
 PANEL = ("device", "level", "model", "dtype", "compiled", "ratio", "batch")
 LABELS = {"share_median": "share of the ideal saving", "peak_mib": "memory of a call, MiB"}
