@@ -102,7 +102,7 @@ def check(args: argparse.Namespace, ways: Ways) -> None:
     args.device = str(pick_device(args.device))
 
 
-class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Counter(TorchDispatchMode):
     """Counts the operations that are dispatched inside of it."""
 
     def __init__(self) -> None:

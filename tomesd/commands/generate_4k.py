@@ -297,10 +297,10 @@ def run(args: argparse.Namespace) -> int:
         save(args, stages[-1])
     print(table(stages, memory.kind(device)))
     if args.compare and merging:
-        plain, merged = stages[-2:]
-        line = f"a merged step is {plain.step / merged.step:.2f} times as fast"
+        plain, fast = stages[-2:]
+        line = f"a merged step is {plain.step / fast.step:.2f} times as fast"
         if not args.random:  # or it would compare noise with noise
-            line += f"; PSNR {generate.psnr_text(generate.differences(plain.picture, merged.picture)[1])}"
+            line += f"; PSNR {generate.psnr_text(generate.differences(plain.picture, fast.picture)[1])}"
         print(line)
     return 0
 

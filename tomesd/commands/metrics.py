@@ -80,7 +80,8 @@ def psnr(pictures: Pictures, plain: Pictures) -> Floats:
         np.square(np.subtract(a, b, dtype=np.float64)).mean() for a, b in zip(pictures, plain, strict=True)
     ]
     with np.errstate(divide="ignore"):
-        return np.minimum(10 * np.log10(255**2 / np.array(errors)), EQUAL)
+        decibel: Floats = np.minimum(10 * np.log10(255**2 / np.array(errors)), EQUAL)
+    return decibel
 
 
 def ssim(pictures: Pictures, plain: Pictures) -> Floats:
@@ -158,8 +159,9 @@ def read_atlas(folder: Path, things: int) -> Pictures:
     rows, columns = atlas.shape[0] // CELL, atlas.shape[1] // CELL
     if rows * columns < things:
         raise Missing(f"{file} has {rows * columns} cells of {CELL} pixels, names.txt {things} lines")
-    cells = atlas[: rows * CELL, : columns * CELL].reshape(rows, CELL, columns, CELL, 3).swapaxes(1, 2)
-    return cells.reshape(-1, CELL, CELL, 3)[:things]
+    cells: Pictures = atlas[: rows * CELL, : columns * CELL].reshape(rows, CELL, columns, CELL, 3)
+    cells = cells.swapaxes(1, 2).reshape(-1, CELL, CELL, 3)
+    return cells[:things]
 
 
 class References:

@@ -163,7 +163,7 @@ def curves(rows: list[Row], column: str, label: str, title: str, ways: Ways) -> 
 
 
 def sheet(
-    columns: Sequence[tuple[str, Sequence[Any]]],
+    columns: Sequence[tuple[str, Any]],
     rows: Sequence[str],
     captions: Sequence[Sequence[str]] = (),
     inches: float = 1.0,

@@ -245,7 +245,7 @@ def open_folder(args: argparse.Namespace, prompts: list[str], ways: Ways) -> Pat
         "sources": hashlib.sha256(b"".join(file.read_bytes() for file in sorted(sources))).hexdigest(),
     }
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-    folder = args.cache / f"{folder.name}-{digest}"
+    folder = Path(args.cache) / f"{folder.name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     with common.whole(folder / "about.json") as part:
         part.write_text(json.dumps(about, indent=1))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tomesd
 
@@ -63,7 +63,7 @@ def choose(plans: Sequence[tomesd.Plan], args: argparse.Namespace) -> dict[str, 
     return {block: [by_step[block, step] for step in at] for block in wanted}
 
 
-def draw(picture: Image.Image, shown: dict[str, list[tomesd.Plan]], prompt: str) -> object:
+def draw(picture: Image.Image, shown: dict[str, list[tomesd.Plan]], prompt: str) -> Any:
     """A figure of matplotlib."""
     rows = [plans[0] for plans in shown.values()]
     names = [f"{plan.w} x {plan.h} tokens, {plan.map.groups} left" for plan in rows]

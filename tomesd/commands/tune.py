@@ -134,12 +134,12 @@ def run(args: argparse.Namespace) -> int:
     prepare(pipe)
     width, height = args.size or (None, None)
     try:
-        tuning = tune.record(pipe, prompts, height, width, args.steps)
+        tuning = trials.record(pipe, prompts, height, width, args.steps)
     except (TypeError, ValueError) as error:
         raise UserError(f"{args.model} cannot be tuned: {common.first_line(error)}") from None
     file = cache_file(args, prompts)
     tuning.trials = {} if args.fresh else common.kept(file, known_trials) or {}
-    for _ in tune.measure(tuning, tune.METHODS):
+    for _ in trials.measure(tuning, tune.METHODS):
         with common.whole(file) as part:
             part.write_text(json.dumps(tuning.trials), encoding="utf-8")
     failed = recipe = None

@@ -115,7 +115,8 @@ class PlanIfItPays:
         # torch.compile may take the sides of an image as unknown; the answer is for these ones.
         shape = index(image.h), index(image.w), index(x.shape[0])
         if x.device.type == "meta" or pays(*self.question, *shape, x.dtype, x.device):
-            return self.method.plan(x, image)
+            plan: TokenMap = self.method.plan(x, image)
+            return plan
         return TokenMap.identity(x.shape[1], x.device)
 
     def loss(self, h: int, w: int, batch: int, weight: Tensor) -> str | None:
