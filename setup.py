@@ -12,7 +12,8 @@ diffusers = [
 ]
 bench = [*diffusers, "scikit-image"]
 app = [*diffusers, "gradio>=6"]
-vit = ["timm>=1.0.16", "torchvision", "transformers>=5", "numpy", "tqdm", "pillow"]
+# transformers 5.18 asks for torch 2.5.
+vit = ["torch>=2.5", "timm>=1.0.16", "torchvision", "transformers>=5.18", "numpy", "tqdm", "pillow"]
 
 setup(
     name="tomesd",

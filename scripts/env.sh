@@ -20,7 +20,7 @@ need() {
     # Looking at names and versions takes a moment, importing or installing packages much longer.
     missing="$(python -I "$root/scripts/missing.py" "$extra")"
     if [[ -n "$missing" ]]; then
-        X
+        echo "installing tomesd[$extra], missing: ${missing//$'\n'/, }" >&2
         python -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root[$extra]" >&2
     fi
 }

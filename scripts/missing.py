@@ -32,7 +32,7 @@ def missing(extra: str, root: Path = ROOT) -> Iterator[str]:
         return
     noted = [Path(str(file.locate())) for file in own.files or [] if file.name == "METADATA"]
     if any(file.stat().st_mtime < (root / "setup.py").stat().st_mtime for file in noted):
-        yield "what setup.py asks for since"
+        yield "what setup.py has come to ask for"
         return
     for text in own.requires or []:
         wanted = Requirement(text)

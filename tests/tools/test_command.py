@@ -181,4 +181,4 @@ def test_scripts_know_what_is_missing(tmp_path, monkeypatch):
         'no-such-thing; extra == "a"',
     ]
     os.utime(root / "setup.py", (2**33, 2**33))
-    assert list(missing.missing("a", root)) == ["what setup.py asks for since"]
+    assert list(missing.missing("a", root)) == ["what setup.py has come to ask for"]
