@@ -31,8 +31,9 @@ floor() {
     fi
     cd "$root"
     "$folder/bin/python" -c 'import subjects; print("laws on:", ", ".join(subjects.SUBJECTS))'
-    # Only later versions of torch make one graph of all methods.
-    "$folder/bin/python" -m pytest tests/laws tests/maths -n auto -p no:cacheprovider -k "not compile and not graph" "$@"
+    # Only later versions of torch make one graph of all methods, and timm shows the keys of EVA from 1.0.26 on.
+    "$folder/bin/python" -m pytest tests/laws tests/maths -n auto -p no:cacheprovider \
+        -k "not compile and not graph and not what_a_host_gets and not EVA02" "$@"
 }
 
 case "${1:-}" in

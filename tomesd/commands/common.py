@@ -171,9 +171,11 @@ def check_multiple(size: tuple[int, int], multiple: int, option: str = "--size")
 
 
 def check_parent(path: Path | None, option: str) -> None:
-    """Raises a UserError for a file whose folder is missing: now, and not after hours."""
+    """Raises a UserError for a file that cannot be written: now, and not after hours."""
     if path and not path.parent.is_dir():
         raise UserError(f"argument {option}: there is no folder {path.parent}")
+    if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise UserError(f"argument {option}: cannot write {path}")
 
 
 def list_lines(lines: Mapping[str, str]) -> None:

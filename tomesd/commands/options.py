@@ -13,7 +13,7 @@ from typing import Any
 import tomesd
 
 from ..methods.choice import DOWNSAMPLES
-from .common import UserError, check_multiple, first_line, positive, say, size
+from .common import UserError, check_multiple, positive, say, size
 from .pipelines import EMOJI_MODEL
 
 METHODS: dict[str, Callable[[float], tomesd.Method]] = {
@@ -80,7 +80,7 @@ def patch(pipe: Any, args: argparse.Namespace) -> None:
         else:
             tomesd.apply_patch(pipe, method, args.max_downsample, auto=args.auto)
     except (TypeError, ValueError) as error:
-        raise UserError(first_line(error)) from None
+        raise UserError(" ".join(str(error).split())) from None
 
 
 def add_picture(p: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from . import common
 from .bench import FIGURES
-from .common import Row, UserError, guarded, need
+from .common import Row, UserError, guarded, need, whole
 from .ways import WAYS, Ways
 
 PROGRAM = "tomesd plot"
@@ -52,7 +52,7 @@ def read(paths: list[Path]) -> list[Point]:
     rows: list[Point] = []
     for path in paths:
         try:
-            file = path.open(newline="")
+            file = path.open(newline="", encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(str(error)) from None
         with file:
@@ -190,12 +190,17 @@ def sheet(
     return figure
 
 
-def run(args: argparse.Namespace, ways: Ways) -> int:
-    figure = draw(read(args.csv), args.below, ways)
+def save(figure: Any, path: Path, option: str) -> None:
+    """Writes a figure of matplotlib; a UserError names the option that asks for what cannot be."""
     try:
-        figure.savefig(args.out, dpi=150)
+        with whole(path) as part:
+            figure.savefig(part, dpi=150)
     except (OSError, ValueError) as error:  # no such folder, or no such format
-        raise UserError(f"argument --out: {error}") from None
+        raise UserError(f"argument {option}: {error}") from None
+
+
+def run(args: argparse.Namespace, ways: Ways) -> int:
+    save(draw(read(args.csv), args.below, ways), args.out, "--out")
     print(args.out)
     return 0
 

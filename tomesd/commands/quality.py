@@ -347,10 +347,7 @@ def run(args: argparse.Namespace, compared: Comparison) -> int:
     if args.json:
         print(json.dumps(full))
     for name, figure in plots(rows, pictures, prompts, compared, args).items():
-        try:
-            figure.savefig(outputs[name], dpi=150)
-        except ValueError as error:  # no such format
-            raise UserError(f"argument --{name}: {error}") from None
+        plot.save(figure, outputs[name], f"--{name}")
     for name, path in outputs.items():
         (say if args.json else print)(f"{name:6}{path}")
     return 0 if len(pictures) > 1 else 1

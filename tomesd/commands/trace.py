@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import tomesd
 
 from . import common, options, plot
-from .common import Parser, UserError, guarded, need, whole
+from .common import Parser, UserError, guarded, need
 from .generate import Drawer
 from .pipelines import check_model, check_pipeline_size, find_model, load_pipeline, pick_device, pick_dtype
 
@@ -91,11 +91,7 @@ def run(args: argparse.Namespace) -> int:
     shown = choose(plans, args)
     for plan in (plan for row in shown.values() for plan in row):
         print(plan)
-    try:
-        with whole(args.out) as part:
-            draw(picture, shown, args.prompt).savefig(part, dpi=150)
-    except ValueError as error:  # no such format
-        raise UserError(f"argument --out: {error}") from None
+    plot.save(draw(picture, shown, args.prompt), args.out, "--out")
     print(args.out)
     return 0
 

@@ -39,6 +39,7 @@ from .pipelines import (
     prompts_in,
     weights_of,
 )
+from .plot import save
 
 PROGRAM = "tomesd tune"
 
@@ -151,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     if recipe is not None and args.out:
         recipe.save(args.out)
     if args.plot:
-        draw(tuning, None if recipe is None else recipe.about).savefig(args.plot, dpi=150)
+        save(draw(tuning, None if recipe is None else recipe.about), args.plot, "--plot")
     if failed:
         raise UserError(failed)
     return 0
