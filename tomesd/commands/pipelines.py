@@ -141,8 +141,10 @@ def prompts_in(file: Path) -> list[str]:
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"argument --prompts-file: {file}: {error}") from error
+    except OSError as error:
+        raise UserError(f"argument --prompts-file: {error}") from error
+    except UnicodeError:
+        raise UserError(f"argument --prompts-file: {file} is no text in UTF-8") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"argument --prompts-file: {file} is empty")
