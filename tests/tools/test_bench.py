@@ -284,7 +284,7 @@ def test_compiled_calls_do_as_eager_ones_and_share_nothing(monkeypatch):
     )
     network = models.build(BLOCK)
     args, kwargs = models.inputs(BLOCK)
-    recompile()
+    recompile("bench")
     # With a limit of one, a second network that fell back on the first one's code would be an error.
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
         for way in ("plain", "ideal", "windowed", "todo"):

@@ -30,7 +30,7 @@ def test_commands_are_listed_and_unknown_ones_refused(capsys):
 def test_help_and_errors_need_nothing_but_torch():
     code = """
 import sys
-for name in "numpy PIL diffusers transformers accelerate matplotlib tqdm skimage torchvision".split():
+for name in "numpy PIL diffusers transformers accelerate matplotlib tqdm skimage torchvision gradio".split():
     sys.modules[name] = None
 import torch, tomesd, tomesd.vit
 assert "tomesd.commands" not in sys.modules
@@ -40,7 +40,7 @@ for name in COMMANDS:
         main([name, "--help"])
     except SystemExit as stop:
         assert stop.code == 0, name
-for call in ("generate", "generate-4k x", "tune", "explain", "trace emoji x --out x.png"):
+for call in ("generate", "generate-4k x", "app", "tune", "explain", "trace emoji x --out x.png"):
     assert main(call.split()) == 2
 for call in (
     lambda: tomesd.make_visualization(None, None),
@@ -59,7 +59,7 @@ assert tomesd.vit.utils.benchmark(torch.nn.Linear(1, 1), "cpu", (1,), 1, 2) > 0
         assert f"usage: tomesd {command} " in run.stdout
         assert f"    tomesd {command}" in run.stdout  # an example
     lines = [line for line in run.stderr.splitlines() if "not installed: pip install 'tomesd[" in line]
-    assert len(lines) == 8, run.stderr
+    assert len(lines) == 9, run.stderr
 
 
 def test_what_is_not_installed_is_named():

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     check_model(args.model)
     device = pick_device(args.device)
     pipe = load_pipeline(args.model, device, pick_dtype("auto", device))
-    options.patch(pipe, args)
+    options.patch_as_asked(pipe, args)
     width, height = args.size or (None, None)
     try:
         found = tomesd.explain(pipe, height, width)

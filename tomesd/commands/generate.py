@@ -149,7 +149,7 @@ class Drawer:
 
     def patch(self, merged: bool) -> None:
         if merged:
-            options.patch(self.pipe, self.args)
+            options.patch_as_asked(self.pipe, self.args)
         else:
             tomesd.remove_patch(self.pipe)
 

@@ -257,7 +257,7 @@ def patch(args: argparse.Namespace, pipe: Any) -> None:
     finest = min(row.downsample for row in tomesd.explain(pipe).rows)
     if not (args.max_downsample or args.recipe):
         args.max_downsample = min(8, 2 * finest)
-    options.patch(pipe, args)
+    options.patch_as_asked(pipe, args)
 
 
 def run(args: argparse.Namespace) -> int:

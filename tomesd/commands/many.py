@@ -76,8 +76,8 @@ def processes(wanted: str) -> tuple[Any, torch.device]:
     return state, device
 
 
-def check_settings(args: argparse.Namespace, dtype: torch.dtype) -> None:
-    """Notes the settings in a new folder; a UserError names those of an older run that differ."""
+def check_settings(args: argparse.Namespace, dtype: torch.dtype, note: bool) -> None:
+    """A UserError names settings of an older run that differ; in a new folder one process notes them."""
     method = {"method": repr(options.make_method(args)), "dtype": str(dtype).removeprefix("torch.")}
     settings = json.loads(json.dumps({name: getattr(args, name) for name in SETTINGS} | method))
     file = args.out / ABOUT
@@ -87,7 +87,7 @@ def check_settings(args: argparse.Namespace, dtype: torch.dtype) -> None:
     ]
     if differ:
         raise UserError(f"{args.out} holds pictures of {', '.join(differ)}: take these, or another --out")
-    if not file.exists():
+    if note and not file.exists():
         with whole(file) as part:
             part.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
     need("PIL.Image")
     state, device = processes(args.device)
     dtype = pick_dtype(args.dtype, device)
-    check_settings(args, dtype)
+    check_settings(args, dtype, state.is_main_process)
     # Each process could look for itself, but a little later, when others have begun to draw.
     todo = [job for job in jobs if not kept(args.out / f"{job.stem}.png", row_of)]
     need("accelerate.utils").broadcast_object_list(shared := [todo])

@@ -71,14 +71,21 @@ def label(args: argparse.Namespace) -> str:
     return f"merged by {args.recipe.name}" if args.recipe else f"merged {args.ratio:.0%}"
 
 
-def patch(pipe: Any, args: argparse.Namespace) -> None:
-    """Patches a pipeline with what was asked for; a UserError says why that cannot be."""
+def patch_as_asked(pipe: Any, args: argparse.Namespace) -> None:
+    """Patches a pipeline with what was asked for, or leaves it plain."""
     method = make_method(args)
+    if method is None:
+        tomesd.remove_patch(pipe)
+    else:
+        patch(pipe, method, args.max_downsample, args.auto)
+
+
+def patch(
+    pipe: Any, method: tomesd.Method | tomesd.Recipe, max_downsample: int | None, auto: bool = False
+) -> None:
+    """Patches a pipeline; a UserError says why that cannot be."""
     try:
-        if method is None:
-            tomesd.remove_patch(pipe)
-        else:
-            tomesd.apply_patch(pipe, method, args.max_downsample, auto=args.auto)
+        tomesd.apply_patch(pipe, method, max_downsample, auto=auto)
     except (TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from None
 

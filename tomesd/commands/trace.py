@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     pipe = load_pipeline(args.model, device, pick_dtype("auto", device))
     check_pipeline_size(pipe, args.size)
-    options.patch(pipe, args)
+    options.patch_as_asked(pipe, args)
     with tomesd.trace(pipe) as plans:
         picture = Drawer(args, pipe, device).draw(args.prompt, "trace")
     shown = choose(plans, args)

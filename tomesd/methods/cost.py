@@ -83,7 +83,8 @@ def _linears(module: nn.Module | None, rows: Rows) -> list[tuple[Rows, int, int]
     if module is None:
         return []
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return [(rows, module.in_features, module.out_features)]  # weights may be packed, or have adapters
+        packed: Any = module  # or adapted: its weights need not be of that shape
+        return [(rows, packed.in_features, packed.out_features)]
     found = [shapes for child in module.children() for shapes in _linears(child, rows)]
     own = (parameter.shape for parameter in module.parameters(recurse=False) if parameter.dim() > 1)
     return [*((rows, shape[1], shape[0]) for shape in own), *found]

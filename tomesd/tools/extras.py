@@ -10,6 +10,7 @@ EXTRAS = {
     **dict.fromkeys(("PIL", "accelerate", "diffusers", "matplotlib", "numpy"), "diffusers"),
     **dict.fromkeys(("tqdm", "transformers"), "diffusers"),
     **dict.fromkeys(("scipy", "skimage"), "bench"),
+    "gradio": "app",
     **dict.fromkeys(("timm", "torchvision"), "vit"),
 }
 
