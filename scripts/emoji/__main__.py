@@ -107,4 +107,5 @@ if __name__ == "__main__":
         print(f"emoji: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("stopped; go on with --resume")
+        print("stopped; go on with --resume", file=sys.stderr)
+        sys.exit(130)
