@@ -308,8 +308,10 @@ def run(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     def call() -> int:
+        from . import many  # which draws as this module does
+
         args = parse_args(arguments)
-        return need("tomesd.commands.many").run(args) if args.prompts_file else run(args)
+        return many.run(args) if args.prompts_file else run(args)
 
     return guarded(
         PROGRAM,

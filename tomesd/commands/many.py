@@ -81,7 +81,7 @@ def check_settings(args: argparse.Namespace, dtype: torch.dtype, note: bool) -> 
     method = {"method": repr(options.make_method(args)), "dtype": str(dtype).removeprefix("torch.")}
     settings = json.loads(json.dumps({name: getattr(args, name) for name in SETTINGS} | method))
     file = args.out / ABOUT
-    old = kept(file, lambda file: dict(json.loads(file.read_text(encoding="utf-8")))) or settings
+    old = kept(file, read_json) or settings
     differ = [
         f"--{name.replace('_', '-')} {old.get(name)}" for name in settings if old.get(name) != settings[name]
     ]
@@ -125,11 +125,14 @@ def draw(drawer: Drawer, job: Job) -> bool:
     return True
 
 
-def tabulate(out: Path) -> tuple[int, int]:
-    """Writes the tables of the pictures that are there, and of the failures; how many of each there are."""
+def read_json(file: Path) -> Row:
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def tabulate(out: Path, jobs: Sequence[Job]) -> tuple[int, int]:
+    """Writes the tables of all pictures that are there, and of these jobs' failures; how many there are."""
     done = [row for file in sorted(out.glob("*.png")) if (row := kept(file, row_of))]
-    files = sorted((out / "failed").glob("*.json"))
-    failed = [row for file in files if (row := kept(file, lambda file: dict(json.loads(file.read_text()))))]
+    failed = [row for job in jobs if (row := kept(failure(out, job), read_json))]
     for name, rows in ((TABLE, done), (FAILED, failed)):
         if rows:
             common.write_csv(rows, out / name)
@@ -156,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
         state.wait_for_everyone()
     finally:
         if state.is_main_process:
-            done, failed = tabulate(args.out)
+            done, failed = tabulate(args.out, jobs)
             print(f"{done} picture(s) in {args.out}, listed in {TABLE}; {failed} failed")
     # Not among several: the first of them to end with an error would end the others.
     return int(failed > 0) if state.num_processes == 1 else 0
