@@ -308,10 +308,9 @@ def run(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     def call() -> int:
-        from . import many  # which draws as this module does
-
         args = parse_args(arguments)
-        return many.run(args) if args.prompts_file else run(args)
+        # By its name, as a command is: it draws by what this module holds.
+        return need("tomesd.commands.many").run(args) if args.prompts_file else run(args)
 
     return guarded(
         PROGRAM,
