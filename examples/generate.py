@@ -3,7 +3,7 @@
     python examples/generate.py "red apple"        # with the emoji model of this repository
     python examples/generate.py "a cat" --model stable-diffusion-v1-5/stable-diffusion-v1-5 --ratio 0.75
 
-`python -m tomesd generate` does the same with sizes, several prompts, times and memory.
+`tomesd generate` does the same with sizes, several prompts, times and memory.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from PIL import Image
 
 import tomesd
 
-EMOJI_MODEL = Path(__file__).resolve().parent / "emoji-model"
+EMOJI_MODEL = Path(tomesd.__file__).parent / "emoji-model"
 
 
 def main(arguments: list[str] | None = None) -> None:

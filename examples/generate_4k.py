@@ -1,10 +1,10 @@
 """Draws a picture of 3840 x 2176 pixels: at the model's own size, then upscaled and refined by img2img.
 
     python examples/generate_4k.py "a harbour at sunrise"
-    python examples/generate_4k.py "red apple" --model examples/emoji-model --size 256 128
+    python examples/generate_4k.py "red apple" --model tomesd/emoji-model --size 256 128
 
 Nearly all of the time goes into refining. There every token looks at one of 16 others, at the two finest
-levels with attention. `python -m tomesd generate-4k` takes SDXL too, and measures time and memory.
+levels with attention. `tomesd generate-4k` takes SDXL too, and measures time and memory.
 """
 
 import argparse

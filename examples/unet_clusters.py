@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 import tomesd
 from tomesd.tools.vis import LEAST, rebuilt
 
-EMOJI_MODEL = Path(__file__).resolve().parent / "emoji-model"
+EMOJI_MODEL = Path(tomesd.__file__).parent / "emoji-model"
 INCHES = 3.4
 
 

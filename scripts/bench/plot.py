@@ -1,4 +1,4 @@
-"""`python -m tomesd plot`, in which the rivals have colours of their own."""
+"""`tomesd plot`, in which the rivals have colours of their own."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`python -m tomesd quality`, with the rivals, and with these columns by real DINOv2 ViT-S/14 weights:
+"""`tomesd quality`, with the rivals, and with these columns by real DINOv2 ViT-S/14 weights:
 
 dinov2_cosine   of class tokens: same thing, or another?
 fd_dinov2       Frechet distance of these tokens, all pictures of a point against all plain ones (Stein et
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tomesd.commands import quality
-from tomesd.commands.common import whole
+from tomesd.commands.common import kept, whole
 from tomesd.commands.metrics import (
     METRICS,
     Floats,
@@ -58,11 +58,12 @@ class Dino:
         """`[n, width]`"""
         about = f"{pictures.shape} {SIDE}".encode() + pictures.tobytes()
         file = self.folder / f"{hashlib.sha256(about).hexdigest()[:16]}.npy"
-        if not file.exists():
+        features: Floats | None = kept(file, np.load)
+        if features is None:
             made = [self.tokens(pictures[i : i + 16]).numpy() for i in range(0, len(pictures), 16)]
+            features = np.concatenate(made)
             with whole(file) as part:
-                np.save(part, np.concatenate(made))
-        features: Floats = np.load(file)
+                np.save(part, features)
         return features
 
     @torch.no_grad()

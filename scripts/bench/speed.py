@@ -1,4 +1,4 @@
-"""`python -m tomesd bench`, with tomesd 0.1.3, ToDo and HyperTile beside the package's own ways."""
+"""`tomesd bench`, with tomesd 0.1.3, ToDo and HyperTile beside the package's own ways."""
 
 import sys
 from collections.abc import Sequence

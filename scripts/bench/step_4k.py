@@ -3,7 +3,7 @@
     python scripts/bench step-4k                    many minutes on two cores
     python scripts/bench step-4k --latents 64x64    a moment
 
-Plain, tomesd by default and with SampleKeys, the settings of `python -m tomesd generate-4k` and tomesd
+Plain, tomesd by default and with SampleKeys, the settings of `tomesd generate-4k` and tomesd
 0.1.3, in turns: seconds (the least of all rounds), the memory that a step adds, and how far its output is
 from plain's. Then the memory that one plan adds to the tokens of the finest level. tomesd 0.1.3 is left out
 where its similarities do not fit.

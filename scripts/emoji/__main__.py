@@ -1,4 +1,4 @@
-"""Train the small Stable Diffusion pipeline in ``examples/emoji-model`` from nothing.
+"""Train the small Stable Diffusion pipeline in ``tomesd/emoji-model`` from nothing.
 
 The model draws emoji from their names ("red apple", "cat face").  It has the parts of every Stable
 Diffusion model (CLIP text encoder, attention UNet, KL autoencoder, DDIM sampler), only small, so that the
@@ -107,4 +107,5 @@ if __name__ == "__main__":
         print(f"emoji: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("stopped; go on with --resume")
+        print("stopped; go on with --resume", file=sys.stderr)
+        sys.exit(130)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -199,6 +200,14 @@ class Parts:
         self.pipeline().save_pretrained(folder, safe_serialization=True)
         for m in modules:
             m.float()
+        # For transformers 4: it reads vocab.json and merges.txt in place of tokenizer.json, and draws weights
+        # at random that it does not find by the names that they had then. Version 5 reads these too.
+        self.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+        weights = folder / "text_encoder" / "model.safetensors"
+        named = {
+            f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(weights).items()
+        }
+        save_file(named, weights, metadata={"format": "pt"})
         # transformers loads in the precision of this file, diffusers in float32: they have to agree
         config = folder / "text_encoder" / "config.json"
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))

@@ -39,12 +39,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked against each other."""
     p = argparse.ArgumentParser(
         prog="emoji",
-        description="Train the small Stable Diffusion pipeline in examples/emoji-model from nothing.",
+        description="Train the small Stable Diffusion pipeline in tomesd/emoji-model from nothing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     g = p.add_argument_group("files")
     g.add_argument("--font", type=Path, default=DEFAULT_FONT, help="NotoColorEmoji.ttf with bitmap glyphs")
-    g.add_argument("--out", type=Path, default=ROOT / "examples" / "emoji-model", help="folder of the model")
+    g.add_argument("--out", type=Path, default=ROOT / "tomesd" / "emoji-model", help="folder of the model")
     g.add_argument(
         "--work", type=Path, default=ROOT / ".cache" / "train_emoji", help="checkpoints, logs, sheets"
     )

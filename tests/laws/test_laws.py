@@ -19,6 +19,7 @@ DRAWING = [subject for subject in SUBJECTS.values() if set(subject.options) <= s
 FEW = [
     SUBJECTS[name]
     for name in ("sd", "sdxl", "svd", "pixart", "timm ViT", "timm EVA02", "transformers DINOv2")
+    if name in SUBJECTS
 ]
 
 # Options that compile to code of another kind.
@@ -303,7 +304,7 @@ def test_compiles_to_one_graph_and_not_again_from_call_to_call(subject: Subject,
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", ["sd", "pixart", "timm ViT", "transformers DINOv2"])
+@pytest.mark.parametrize("name", sorted({"sd", "pixart", "timm ViT", "transformers DINOv2"} & set(SUBJECTS)))
 def test_compiled_models_of_a_class_keep_apart(name):
     """By default torch.compile does not look at hooks, and would run one's code for the other."""
     subject = SUBJECTS[name]

@@ -148,7 +148,7 @@ def test_layers_that_are_made_of_several_count_as_what_they_compute():
 
 def test_it_stays_nearer_than_merging():
     """At the same number of products of queries and keys."""
-    pipe = D.StableDiffusionPipeline.from_pretrained("examples/emoji-model", safety_checker=None)
+    pipe = D.StableDiffusionPipeline.from_pretrained("tomesd/emoji-model", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     call = dict(num_inference_steps=3, guidance_scale=3.0, output_type="latent")
     draw = lambda: pipe("red apple", generator=torch.Generator().manual_seed(0), **call).images  # noqa: E731

@@ -1,4 +1,4 @@
-"""The page of `python -m tomesd app`: what it does, without gradio, and itself in a real browser."""
+"""The page of `tomesd app`: what it does, without gradio, and itself in a real browser."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_a_wrong_command_line_is_told_before_gradio_is_wanted(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["app", *(port if a == "TAKEN" else a for a in arguments)]) == 2
-    assert f"python -m tomesd app: error: {says}" in capsys.readouterr().err
+    assert f"tomesd app: error: {says}" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

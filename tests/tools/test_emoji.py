@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -60,7 +61,7 @@ def test_combinations_held_out_are_never_shown() -> None:
 
 
 def test_the_shipped_model_knows_the_names_of_the_table() -> None:
-    shipped = (ROOT / "examples" / "emoji-model" / "names.txt").read_text(encoding="utf-8").splitlines()
+    shipped = (ROOT / "tomesd" / "emoji-model" / "names.txt").read_text(encoding="utf-8").splitlines()
     assert shipped == [" / ".join(emoji.names) for emoji in data.emoji_table()]
 
 
@@ -89,6 +90,10 @@ def test_a_short_run_saves_a_pipeline_and_its_card(tmp_path: Path, monkeypatch: 
     assert {path.name for path in work.glob("sheet-*.png")} == {"sheet-1.png", "sheet-2.png"}
     assert "red apple / apple, green apple, banana." in (out / "README.md").read_text(encoding="utf-8")
     assert json.loads((out / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
+    # What transformers 4 needs.
+    assert {path.name for path in (out / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
+    weights = load_file(out / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in weights)
     pipe = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("banana", num_inference_steps=1).images[0].size == (16, 16)

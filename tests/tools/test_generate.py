@@ -1,4 +1,4 @@
-"""`python -m tomesd generate` on the shipped pipeline, `generate-4k` on a tiny random one."""
+"""`tomesd generate` on the shipped pipeline, `generate-4k` on a tiny random one."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_mistakes_are_explained_in_one_line(arguments, says, tmp_path, capsys, m
     monkeypatch.chdir(ROOT)
     assert main(["generate", *arguments, "--out", str(tmp_path)]) == 2
     last = capsys.readouterr().err.strip().split("\n")[-1]
-    assert last.startswith("python -m tomesd generate: error: ")
+    assert last.startswith("tomesd generate: error: ")
     assert says in last
     assert list(tmp_path.iterdir()) == []
 
@@ -157,7 +157,7 @@ def test_the_base_has_the_area_of_the_model_and_the_shape_of_the_picture(size, b
 def test_mistakes_about_large_pictures_are_explained_in_one_line(arguments, says, tmp_path, capsys):
     assert draw(tmp_path, "a cat", *arguments) == 2
     last = capsys.readouterr().err.strip().split("\n")[-1]
-    assert last.startswith("python -m tomesd generate-4k: error: ")
+    assert last.startswith("tomesd generate-4k: error: ")
     assert says in last
     assert list(tmp_path.iterdir()) == []
 

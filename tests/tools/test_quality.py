@@ -1,4 +1,4 @@
-"""`python -m tomesd quality`, with DINOv2 and rivals too: on the shipped pipeline and tiny ones."""
+"""`tomesd quality`, with DINOv2 and rivals too: on the shipped pipeline and tiny ones."""
 
 import csv
 import json
@@ -205,7 +205,7 @@ def test_mistakes_are_explained_in_one_line(arguments, says, tmp_path, capsys, m
     monkeypatch.chdir(ROOT)
     assert main(["quality", "--cache", str(tmp_path), *arguments]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("python -m tomesd quality: error: ")
+    assert line.startswith("tomesd quality: error: ")
     assert says in line
 
 

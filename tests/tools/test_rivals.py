@@ -1,6 +1,8 @@
 """The rivals of scripts/bench, and where they come from."""
 
 import subprocess
+import zipfile
+from pathlib import Path
 
 import peers
 import pytest
@@ -111,3 +113,28 @@ def test_peers_that_cannot_be_had_say_so(tmp_path, monkeypatch, capsys):
         peers.fetch("tomesd")
     assert peers.main([]) == 2
     assert "no network" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_peers_appear_whole_and_by_their_hash_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
+    commands = []
+
+    def download(command, **kwargs):
+        commands.append(command)
+        into = Path(command[command.index("--dest") + 1])
+        assert into.parent == tmp_path  # beside its place, so that a rename does
+        assert "--hash=sha256:abc" in Path(command[-1]).read_text()
+        with zipfile.ZipFile(into / "other-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("other/__init__.py", "")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(peers.subprocess, "run", download)
+    peer = peers.Peer("other==1", "abc", 90)
+    for _ in range(2):
+        folder = peers.fetch("other", peer)
+    assert "--require-hashes" in commands[0]
+    assert len(commands) == 1
+    assert [path.relative_to(folder).parts for path in folder.rglob("*.py")] == [("other", "__init__.py")]
+    assert list(tmp_path.iterdir()) == [folder]
+    assert "downloading other==1 from PyPI (90 MB)" in capsys.readouterr().err

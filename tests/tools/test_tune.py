@@ -22,7 +22,7 @@ METHODS = (Merge(0.5), SampleKeys(0.5))
 
 @pytest.fixture(scope="module")
 def emoji():
-    pipe = D.StableDiffusionPipeline.from_pretrained("examples/emoji-model", safety_checker=None)
+    pipe = D.StableDiffusionPipeline.from_pretrained("tomesd/emoji-model", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -184,14 +184,14 @@ def test_the_command_goes_on_where_it_was_and_writes_recipe_and_plot(tmp_path, c
     others = list(trials)[1:]
     kept.write_text(json.dumps({key: trials[key] for key in others}))
     tried = []
-    measured = tune.measure
+    measured = command.trials.measure
 
     def counted(*args):
         for step in measured(*args):
             tried.append(step)
             yield step
 
-    monkeypatch.setattr(tune, "measure", counted)
+    monkeypatch.setattr(command.trials, "measure", counted)
     assert command.main([*common, "--speed", "40"]) == 2
     assert len(tried) == 1
     assert "meets speed=40: the fastest is" in capsys.readouterr().err

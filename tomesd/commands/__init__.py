@@ -1,4 +1,4 @@
-"""`python -m tomesd COMMAND`: what users run on their own models. `import tomesd` imports none of it."""
+"""`tomesd COMMAND`: what users run on their own models. `import tomesd` imports none of it."""
 
 from .torchvision import mend_torchvision
 

@@ -1,9 +1,9 @@
 """Measures how much of the saving that is possible each way to merge takes, and at what price.
 
-    python -m tomesd bench --quick                            a minute on two cores
-    python -m tomesd bench                                    one SD 1.5 full-resolution self-attention
-    python -m tomesd bench --level unet --model sdxl          a whole UNet, full size, random weights
-    python -m tomesd bench --level unet --sizes 3840x2176 --compile --csv bench.csv
+    tomesd bench --quick                            a minute on two cores
+    tomesd bench                                    one SD 1.5 full-resolution self-attention
+    tomesd bench --level unet --model sdxl          a whole UNet, full size, random weights
+    tomesd bench --level unet --sizes 3840x2176 --compile --csv bench.csv
 
 All ways run in turns, in one process, with weights that they share. Figures of each:
 
@@ -43,7 +43,7 @@ from .pipelines import pick_device
 from .runs import measure, patched, report
 from .ways import WAYS, Ways, at
 
-PROGRAM = "python -m tomesd bench"
+PROGRAM = "tomesd bench"
 # Seconds depend on it; the sizes of all levels of all models divide by it.
 MULTIPLE = 64
 # What is measured by default, and with --quick.
@@ -102,7 +102,7 @@ def check(args: argparse.Namespace, ways: Ways) -> None:
     args.device = str(pick_device(args.device))
 
 
-class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Counter(TorchDispatchMode):
     """Counts the operations that are dispatched inside of it."""
 
     def __init__(self) -> None:

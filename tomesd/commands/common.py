@@ -6,8 +6,8 @@ import argparse
 import contextlib
 import copy
 import csv
-import importlib
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..tools import extras
 from .torchvision import mend_torchvision
 
 # The repository, where this is a checkout of it.
@@ -34,8 +35,25 @@ Result = TypeVar("Result")
 Module = TypeVar("Module", bound=nn.Module)
 
 
+EXIT_CODES = """exit codes:
+  0    done
+  1    nothing could be done, or not all of it: what failed is listed
+  2    a mistake, explained in one line; nothing was begun, or what was done is kept
+  130  stopped by Ctrl-C; what was done is kept"""
+
+
 class UserError(Exception):
     """A mistake that one line explains; the command ends with exit code 2."""
+
+
+class Lazy:
+    """A module that is imported when it is first used, so that `--help` works where it is not installed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(need(self.name), attribute)
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,19 +77,31 @@ def dispatch(
         commands: a line about each; its module has a `main(arguments)`.
         package: what comes before the names of these modules.
         arguments: those of the command line by default.
+
+    Returns:
+        The exit code, one of `EXIT_CODES`.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(f"usage: {program} COMMAND ...\n")
         list_lines(commands)
-        print(f"\n{program} COMMAND --help explains each.")
+        print(
+            f"\n{program} COMMAND --help explains each, with examples; {program} --version.\n\n{EXIT_CODES}"
+        )
+        return 0
+    if name == "--version":
+        print(f"tomesd {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
         return 0
     if name not in commands:
         say(f"{program}: error: invalid choice: {name!r} (choose from {', '.join(commands)})")
         return 2
-    mend_torchvision()
-    code: int = importlib.import_module(package + name.replace("-", "_")).main(rest)
-    return code
+
+    def run() -> int:
+        mend_torchvision()
+        code: int = need(package + name.replace("-", "_")).main(rest)
+        return code
+
+    return guarded(f"{program} {name}", run)
 
 
 def guarded(program: str, call: Callable[[], int], if_full: str = "smaller sizes or batches") -> int:
@@ -84,6 +114,12 @@ def guarded(program: str, call: Callable[[], int], if_full: str = "smaller sizes
     except KeyboardInterrupt:
         say("stopped")
         return 130
+    except BrokenPipeError:  # `| head` has seen enough; or Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # no space, no permission, no such file
+        say(f"{program}: error: {error}")
+        return 2
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -91,16 +127,16 @@ def guarded(program: str, call: Callable[[], int], if_full: str = "smaller sizes
         return 2
 
 
-def need(module: str, extra: str = "bench") -> Any:
-    """Imports a module, which comes with an `extra` of the package.
+def need(module: str) -> Any:
+    """Imports a module.
 
     Raises:
-        UserError: it cannot be imported; says how to get it.
+        UserError: it, or what it needs, is not installed; says how to get it.
     """
     try:
-        return importlib.import_module(module)
+        return extras.need(module)
     except ImportError as error:
-        raise UserError(f"cannot import {module} ({error}): pip install 'tomesd[{extra}]'") from None
+        raise UserError(str(error)) from error
 
 
 def size(text: str) -> tuple[int, int]:
@@ -135,9 +171,11 @@ def check_multiple(size: tuple[int, int], multiple: int, option: str = "--size")
 
 
 def check_parent(path: Path | None, option: str) -> None:
-    """Raises a UserError for a file whose folder is missing: now, and not after hours."""
+    """Raises a UserError for a file that cannot be written: now, and not after hours."""
     if path and not path.parent.is_dir():
         raise UserError(f"argument {option}: there is no folder {path.parent}")
+    if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise UserError(f"argument {option}: cannot write {path}")
 
 
 def list_lines(lines: Mapping[str, str]) -> None:
@@ -199,7 +237,7 @@ def figures_table(lead: str, figures: Sequence[str], rows: Sequence[Row], format
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    with path.open("w", newline="") as file:
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in rows:
@@ -211,8 +249,22 @@ def whole(path: Path) -> Iterator[Path]:
     """A path to write to; what is written there appears as `path` at the end, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"partial-{path.name}")
-    yield part
-    part.replace(path)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def kept(path: Path, read: Callable[[Path], Result]) -> Result | None:
+    """What was kept in a file; None where there is none, or where it was cut short or is of another kind."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # every reader has its own for what it cannot read
+        say(f"note: {path} cannot be read ({reason(error)}); it is made again")
+        return None
 
 
 def synchronize(device: str | torch.device) -> None:

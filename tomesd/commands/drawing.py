@@ -8,18 +8,22 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..hosts.unets import find_networks
-from .common import Row, UserError, device_name, reason, whole
+from .common import Lazy, Row, UserError, device_name, kept, reason, whole
 from .metrics import Floats, Pictures
 from .models import Setting
 from .runs import Run, measure, patched
 from .ways import Ways
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Lazy("numpy")
 
 # Plain, with fewer steps: no way to patch, but what others have to beat.
 FEWER = "fewer-steps"
@@ -139,15 +143,15 @@ class Drawings:
     def drawn(self, point: Point, batch: Batch) -> Drawn | str:
         """A batch as it is kept, or made and kept now; else a note that says why not."""
         file = self.folder / f"{point.name}-{batch.index}.npz"
-        if not file.exists():
+        drawn = kept(file, read)
+        if drawn is None:
             run = self.run(point)
-            made = run.attempt(lambda: self.make(run.call, point, batch))
-            if made is None:
+            drawn = run.attempt(lambda: self.make(run.call, point, batch))
+            if drawn is None:
                 return run.note
             with whole(file) as part:
-                np.savez_compressed(part, **vars(made))
-        with np.load(file) as arrays:
-            return Drawn(**arrays)
+                np.savez_compressed(part, **vars(drawn))
+        return drawn
 
     def make(self, network: Callable[..., Any], point: Point, batch: Batch) -> Drawn:
         nothing = np.empty(0)
@@ -181,15 +185,16 @@ class Drawings:
         file = self.folder / "times.json"
         where: Row = {"device": device_name(self.args.device), "threads": torch.get_num_threads()}
         where["rounds"] = self.args.rounds
-        kept: Any = json.loads(file.read_text()) if file.exists() else {}
+        old = kept(file, lambda file: dict(json.loads(file.read_text()))) or {}
         # Points that were not measured in turns cannot be compared. What failed may do better now, unless it
         # cannot be done at all.
-        known = kept.get("points", {}).items()
+        known = old.get("points", {}).items()
         final = {name for name, row in known if not row["note"] or row["note"].startswith("ValueError")}
-        if kept.get("where") != where or not {point.name for point in timed} <= final:
-            kept = {"where": where, "points": self.measure(timed, progress)}
-            file.write_text(json.dumps(kept, indent=1))
-        times: dict[str, Row] = dict(kept["points"])
+        if old.get("where") != where or not {point.name for point in timed} <= final:
+            old = {"where": where, "points": self.measure(timed, progress)}
+            with whole(file) as part:
+                part.write_text(json.dumps(old, indent=1))
+        times: dict[str, Row] = dict(old["points"])
         plain = times["plain"]
         for point in points:
             if point.way == FEWER and not plain["note"]:
@@ -210,6 +215,12 @@ class Drawings:
                 seconds = statistics.median(run.seconds) * len(calls) / len(pictures)
                 rows[name] |= {"seconds": seconds, "peak_mib": run.peak}
         return rows
+
+
+def read(file: Path) -> Drawn:
+    """What `Drawings` has kept in a file."""
+    with np.load(file) as arrays:
+        return Drawn(**arrays)
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """Draw a picture of 3840x2176 pixels, with a fraction of the attention.
 
-    python -m tomesd generate-4k "a harbour at sunrise"        # Stable Diffusion 1.5 from the hub
-    python -m tomesd generate-4k "a harbour at sunrise" --size 4096 --method merge-stage \\
+    tomesd generate-4k "a harbour at sunrise"        # Stable Diffusion 1.5 from the hub
+    tomesd generate-4k "a harbour at sunrise" --size 4096 --method merge-stage \\
         --model stabilityai/stable-diffusion-xl-base-1.0
-    python -m tomesd generate-4k --random --compare            # no weights: what 50 steps take
-    python -m tomesd generate-4k "red apple" --model examples/emoji-model --size 256x128 --steps 20
+    tomesd generate-4k --random --compare            # no weights: what 50 steps take
+    tomesd generate-4k "red apple" --model emoji --size 256x128 --steps 20
 
 A model draws well at the size that it was trained at, and repeats things at larger ones.  So the picture is
 drawn at about that size, upscaled, and refined at the size asked for by img2img: most of the time goes there,
@@ -43,7 +43,7 @@ import torch
 
 import tomesd
 
-from . import generate, memory
+from . import generate, memory, options
 from .common import (
     Parser,
     UserError,
@@ -57,12 +57,20 @@ from .common import (
     synchronize,
 )
 from .models import random_pipeline
-from .pipelines import EMOJI_MODEL, add_places, check_pipeline_size, load_pipeline, pick_device, pick_dtype
+from .pipelines import (
+    EMOJI,
+    add_places,
+    check_pipeline_size,
+    find_model,
+    load_pipeline,
+    pick_device,
+    pick_dtype,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
 
-PROGRAM = "python -m tomesd generate-4k"
+PROGRAM = "tomesd generate-4k"
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -87,7 +95,9 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(PROGRAM, __doc__)
     p.add_argument("prompt", nargs="?", help="what to draw, in quotes")
     which = p.add_mutually_exclusive_group()
-    which.add_argument("--model", default=MODEL, help=f"folder or hub id of a pipeline ({MODEL})")
+    which.add_argument(
+        "--model", type=find_model, default=MODEL, help=f"folder or hub id of a pipeline ({MODEL})"
+    )
     which.add_argument(
         "--random",
         action="store_true",
@@ -106,16 +116,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
     p.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
-    p.add_argument(
-        "--ratio", type=float, default=0.75, help="share of tokens to save, 0 for none (default: 0.75)"
-    )
-    generate.add_method(p, "sample-keys")
-    p.add_argument(
-        "--max-downsample",
-        type=int,
-        choices=(1, 2, 4, 8),
-        help="save at levels up to this one (default: the two finest with attention)",
-    )
+    options.add_method(p, "sample-keys", 0.75, "the two finest")
     p.add_argument("--compare", action="store_true", help="do the last stage without tomesd as well")
     p.add_argument("--seed", type=int, default=0, help="seed of the picture (default: 0)")
     add_places(p)
@@ -146,7 +147,6 @@ def check_cheap(args: argparse.Namespace) -> None:
         raise UserError(
             f"--steps {args.steps} times --strength {args.strength} leaves no step to refine in: raise one"
         )
-    generate.make_method(args)
 
 
 def load(args: argparse.Namespace, device: torch.device) -> Any:
@@ -156,7 +156,7 @@ def load(args: argparse.Namespace, device: torch.device) -> Any:
         say("note: the picture will be noise; only seconds and memory mean something")
         pipe = random_pipeline(device, dtype)
     else:
-        pipe = load_pipeline(args.model, device, dtype, f"take --random or --model {EMOJI_MODEL}")
+        pipe = load_pipeline(args.model, device, dtype, f"take --random or --model {EMOJI}")
     if not (hasattr(pipe, "unet") and hasattr(pipe, "vae")):
         raise UserError(f"{args.model} is a {type(pipe).__name__}, which has no UNet or no autoencoder")
     # At once, the autoencoder alone would need tens of gigabytes for a picture of this size.
@@ -255,7 +255,9 @@ def table(stages: list[Stage], memory: str) -> str:
 
 def patch(args: argparse.Namespace, pipe: Any) -> None:
     finest = min(row.downsample for row in tomesd.explain(pipe).rows)
-    generate.patch(pipe, generate.make_method(args), args.max_downsample or min(8, 2 * finest))
+    if not (args.max_downsample or args.recipe):
+        args.max_downsample = min(8, 2 * finest)
+    options.patch_as_asked(pipe, args)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -264,7 +266,8 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     pipe = load(args, device)
     check_pipeline_size(pipe, args.size)
-    if args.ratio:  # tried now, as the base picture takes a while
+    merging = bool(args.recipe or args.ratio)
+    if merging:  # tried now, as the base picture takes a while
         patch(args, pipe)
         say(str(tomesd.explain(pipe, args.size[1], args.size[0])).split("\n")[-1])
         tomesd.remove_patch(pipe)
@@ -286,18 +289,18 @@ def run(args: argparse.Namespace) -> int:
         what = {"image": large, "strength": args.strength}
     if args.compare and device.type == "cuda":  # or the first of the two would pay for what is made once
         artist.draw(last, "", "warm-up", **what, num_inference_steps=math.ceil(1 / args.strength))
-    for merged in (False, True) if args.compare and args.ratio else (args.ratio > 0,):
+    for merged in (False, True) if args.compare and merging else (merging,):
         if merged:
             patch(args, last)
-        label = f"merged {args.ratio:.0%}" if merged else "plain"
+        label = options.label(args) if merged else "plain"
         stages.append(artist.draw(last, "merged" if merged else "plain", label, **what))
         save(args, stages[-1])
     print(table(stages, memory.kind(device)))
-    if args.compare and args.ratio:
-        plain, merged = stages[-2:]
-        line = f"a merged step is {plain.step / merged.step:.2f} times as fast"
+    if args.compare and merging:
+        plain, fast = stages[-2:]
+        line = f"a merged step is {plain.step / fast.step:.2f} times as fast"
         if not args.random:  # or it would compare noise with noise
-            line += f"; PSNR {generate.psnr_text(generate.differences(plain.picture, merged.picture)[1])}"
+            line += f"; PSNR {generate.psnr_text(generate.differences(plain.picture, fast.picture)[1])}"
         print(line)
     return 0
 

@@ -6,16 +6,22 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Pictures = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float64]
+from .common import Lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Pictures: TypeAlias = npt.NDArray[np.uint8]
+    Floats: TypeAlias = npt.NDArray[np.float64]
+else:
+    np, Pictures, Floats = Lazy("numpy"), Any, Any
 
 # PSNR of pictures that are equal, in dB. One of 512 x 512 pixels that differs in one value by 1 has 107.
 EQUAL = 120.0
@@ -74,7 +80,8 @@ def psnr(pictures: Pictures, plain: Pictures) -> Floats:
         np.square(np.subtract(a, b, dtype=np.float64)).mean() for a, b in zip(pictures, plain, strict=True)
     ]
     with np.errstate(divide="ignore"):
-        return np.minimum(10 * np.log10(255**2 / np.array(errors)), EQUAL)
+        decibel: Floats = np.minimum(10 * np.log10(255**2 / np.array(errors)), EQUAL)
+    return decibel
 
 
 def ssim(pictures: Pictures, plain: Pictures) -> Floats:
@@ -152,8 +159,9 @@ def read_atlas(folder: Path, things: int) -> Pictures:
     rows, columns = atlas.shape[0] // CELL, atlas.shape[1] // CELL
     if rows * columns < things:
         raise Missing(f"{file} has {rows * columns} cells of {CELL} pixels, names.txt {things} lines")
-    cells = atlas[: rows * CELL, : columns * CELL].reshape(rows, CELL, columns, CELL, 3).swapaxes(1, 2)
-    return cells.reshape(-1, CELL, CELL, 3)[:things]
+    cells: Pictures = atlas[: rows * CELL, : columns * CELL].reshape(rows, CELL, columns, CELL, 3)
+    cells = cells.swapaxes(1, 2).reshape(-1, CELL, CELL, 3)
+    return cells[:things]
 
 
 class References:

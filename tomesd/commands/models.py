@@ -205,7 +205,8 @@ def build(setting: Setting) -> nn.Module:
         if next(module.parameters(recurse=False), None) is not None:
             if not hasattr(module, "reset_parameters"):
                 raise TypeError(f"no initial values for {name}, {type(module).__name__}")
-            module.reset_parameters()
+            reset: Any = module.reset_parameters
+            reset()
     return network.requires_grad_(False)
 
 

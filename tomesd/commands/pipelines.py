@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 
-from .common import ROOT, UserError, check_multiple, first_line, need, say
+import tomesd
 
-EMOJI_MODEL = ROOT / "examples" / "emoji-model"
+from .common import UserError, check_multiple, first_line, need, say
+
+# The model that comes with the package, and what it is called on command lines.
+EMOJI_MODEL = Path(tomesd.__file__).resolve().parent / "emoji-model"
+EMOJI = "emoji"
 SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -32,6 +36,11 @@ def add_places(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     pictures = "folder for pictures (default: outputs)"
     parser.add_argument("--out", type=Path, default=Path("outputs"), help=pictures)
+
+
+def find_model(name: str) -> str:
+    """A folder or hub id as it was given; the folder of the shipped model for its name."""
+    return str(EMOJI_MODEL) if name == EMOJI and not Path(name).is_dir() else name
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -71,10 +80,6 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
 def check_model(model: str) -> None:
     """Raises a UserError for what cannot be a pipeline, before anything slow is imported."""
     path = Path(model).expanduser()
-    if path == EMOJI_MODEL and not path.exists():
-        raise UserError(
-            f"there is no model in {path}, as this is no checkout of the repository: give --model"
-        )
     if path.is_dir():
         try:
             json.loads((path / "model_index.json").read_text(encoding="utf-8"))
@@ -83,7 +88,7 @@ def check_model(model: str) -> None:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path / 'model_index.json'}: {error}") from None
     elif path.is_file():
-        raise UserError(f"{path} is a file; --model wants the folder or hub id of a diffusers pipeline")
+        raise UserError(f"{path} is a file; a model is the folder or hub id of a diffusers pipeline")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise UserError(f"there is no folder {path}, and {model!r} cannot be a hub id (owner/name)")
 
@@ -92,7 +97,7 @@ def load_pipeline(
     model: str,
     device: torch.device,
     dtype: torch.dtype,
-    otherwise: str = "leave --model out for the shipped model",
+    otherwise: str = "take the shipped model: emoji",
 ) -> Any:
     """A pipeline that draws from prompts, on its device.
 
@@ -138,6 +143,8 @@ def prompts_in(file: Path) -> list[str]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"argument --prompts-file: {error}") from error
+    except UnicodeError:
+        raise UserError(f"argument --prompts-file: {file} is no text in UTF-8") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"argument --prompts-file: {file} is empty")

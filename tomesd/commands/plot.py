@@ -1,8 +1,8 @@
 """Draws what `bench --csv` has written: speed over size, and below it the share of the ideal or memory.
 
-    python -m tomesd bench --csv bench.csv
-    python -m tomesd plot bench.csv --out bench.png
-    python -m tomesd plot cpu.csv gpu.csv --below peak_mib --out bench.png
+    tomesd bench --csv bench.csv
+    tomesd plot bench.csv --out bench.png
+    tomesd plot cpu.csv gpu.csv --below peak_mib --out bench.png
 
 A panel for each device, level, model, dtype and kind of running, a line for each way. What was measured twice
 is drawn as it was measured last.
@@ -20,10 +20,10 @@ from typing import Any
 
 from . import common
 from .bench import FIGURES
-from .common import Row, UserError, guarded, need
+from .common import Row, UserError, guarded, need, whole
 from .ways import WAYS, Ways
 
-PROGRAM = "python -m tomesd plot"
+PROGRAM = "tomesd plot"
 # What makes a panel, and how to put it.
 PANEL = ("device", "level", "model", "dtype", "compiled", "ratio", "batch")
 LABELS = {"share_median": "share of the ideal saving", "peak_mib": "memory of a call, MiB"}
@@ -52,7 +52,7 @@ def read(paths: list[Path]) -> list[Point]:
     rows: list[Point] = []
     for path in paths:
         try:
-            file = path.open(newline="")
+            file = path.open(newline="", encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(str(error)) from None
         with file:
@@ -163,7 +163,7 @@ def curves(rows: list[Row], column: str, label: str, title: str, ways: Ways) -> 
 
 
 def sheet(
-    columns: Sequence[tuple[str, Sequence[Any]]],
+    columns: Sequence[tuple[str, Any]],
     rows: Sequence[str],
     captions: Sequence[Sequence[str]] = (),
     inches: float = 1.0,
@@ -190,12 +190,17 @@ def sheet(
     return figure
 
 
-def run(args: argparse.Namespace, ways: Ways) -> int:
-    figure = draw(read(args.csv), args.below, ways)
+def save(figure: Any, path: Path, option: str) -> None:
+    """Writes a figure of matplotlib; a UserError names the option that asks for what cannot be."""
     try:
-        figure.savefig(args.out, dpi=150)
+        with whole(path) as part:
+            figure.savefig(part, dpi=150)
     except (OSError, ValueError) as error:  # no such folder, or no such format
-        raise UserError(f"argument --out: {error}") from None
+        raise UserError(f"argument {option}: {error}") from None
+
+
+def run(args: argparse.Namespace, ways: Ways) -> int:
+    save(draw(read(args.csv), args.below, ways), args.out, "--out")
     print(args.out)
     return 0
 

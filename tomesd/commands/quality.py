@@ -1,8 +1,8 @@
 """What error each way to merge costs on trained weights, and what time it saves: pictures against plain ones.
 
-    python -m tomesd quality --quick                          the model of the checkout, a few pictures
-    python -m tomesd quality --csv quality.csv --plot quality.png
-    python -m tomesd quality --model OWNER/MODEL --prompts-file prompts.txt --dtype float16 --batch 2
+    tomesd quality --quick                          the model that comes with tomesd, a few pictures
+    tomesd quality --csv quality.csv --plot quality.png
+    tomesd quality --model OWNER/MODEL --prompts-file prompts.txt --dtype float16 --batch 2
 
 Any pipeline with a UNet will do: Stable Diffusion 1, 2 and XL. Each prompt is drawn plain, and from the same
 noise in each way at each ratio; those with the same ratio leave as many products of queries and keys. What
@@ -41,13 +41,14 @@ import torch
 
 from ..methods.choice import DOWNSAMPLES
 from . import common, metrics, plot
-from .common import DTYPES, Row, UserError, guarded, need, positive, ratio
+from .common import DTYPES, Row, UserError, guarded, need, positive, ratio, say
 from .drawing import FEWER, Drawings, Point
 from .metrics import METRICS, Measure, Metric, Missing, Pictures, Task
 from .pipelines import (
-    EMOJI_MODEL,
+    EMOJI,
     check_model,
     check_pipeline_size,
+    find_model,
     load_pipeline,
     pick_device,
     pick_dtype,
@@ -57,7 +58,7 @@ from .pipelines import (
 )
 from .ways import WAYS, Ways
 
-PROGRAM = "python -m tomesd quality"
+PROGRAM = "tomesd quality"
 PACKAGE = Path(__file__).resolve().parents[1]
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
 FULL: Row = {"prompts": 12, "steps": 20, "ratios": [0.25, 0.5, 0.75], "rounds": 5}
@@ -102,7 +103,9 @@ COMPARISON = Comparison(WAYS, METRICS)
 
 def make_parser(program: str, compared: Comparison) -> argparse.ArgumentParser:
     parser = common.Parser(program, __doc__)
-    parser.add_argument("--model", help="folder or hub id of a pipeline (examples/emoji-model of a checkout)")
+    parser.add_argument(
+        "--model", type=find_model, default=EMOJI, help="folder or hub id of a pipeline (emoji)"
+    )
     parser.add_argument("--prompts", type=positive, help="how many, spread over the model's names (12)")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts, one a line, instead")
     parser.add_argument("--seeds", type=positive, default=1, help="pictures of each prompt (1)")
@@ -123,6 +126,7 @@ def make_parser(program: str, compared: Comparison) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="(the best there is)")
     parser.add_argument("--threads", type=positive, help="CPU threads of torch")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--json", action="store_true", help="print them as JSON instead of a table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="error over time, a curve for each way")
     parser.add_argument(
         "--plot-metric", choices=compared.axes, default="psnr_db", help="what of it (psnr_db)"
@@ -144,7 +148,6 @@ def check(args: argparse.Namespace, compared: Comparison) -> None:
             setattr(args, option, value)
     for option in ("csv", "plot", "sheet"):
         common.check_parent(getattr(args, option), f"--{option}")
-    args.model = args.model or str(EMOJI_MODEL)
     check_model(args.model)
     args.device = str(pick_device(args.device))
     needs = {"tqdm": "tqdm", "skimage": "scikit-image", "matplotlib": "matplotlib", "PIL": "pillow"}
@@ -225,11 +228,11 @@ def points(args: argparse.Namespace, compared: Comparison) -> Iterator[Point]:
 
 def open_folder(args: argparse.Namespace, prompts: list[str], ways: Ways) -> Path:
     """The folder of what was drawn with the same model, settings and sources; of new ones a new one."""
-    model = Path(args.model)
+    folder = Path(args.model)
     sources = {*PACKAGE.rglob("*.py"), *(Path(inspect.getfile(way.patch)) for way in ways.values())}
     about: Row = {
-        "model": str(model.resolve()) if model.is_dir() else args.model,
-        "weights": weights_of(model),
+        "model": str(folder.resolve()) if folder.is_dir() else args.model,
+        "weights": weights_of(folder),
         # Not seeds: the batches of more of them come after those of fewer.
         **{
             name: getattr(args, name)
@@ -242,9 +245,10 @@ def open_folder(args: argparse.Namespace, prompts: list[str], ways: Ways) -> Pat
         "sources": hashlib.sha256(b"".join(file.read_bytes() for file in sorted(sources))).hexdigest(),
     }
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-    folder: Path = args.cache / f"{model.name}-{digest}"
+    folder = Path(args.cache) / f"{folder.name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "about.json").write_text(json.dumps(about, indent=1))
+    with common.whole(folder / "about.json") as part:
+        part.write_text(json.dumps(about, indent=1))
     if args.fresh:
         for file in [*folder.glob("*.npz"), folder / "times.json"]:
             file.unlink(missing_ok=True)
@@ -329,22 +333,23 @@ def run(args: argparse.Namespace, compared: Comparison) -> int:
     wanted = list(points(args, compared))
     rows, pictures = draw_and_measure(drawings, wanted, measures, compared.formats)
 
-    print(common.figures_table("point", list(compared.formats), rows, compared.formats))
-    for why in dict.fromkeys(missing.values()):
-        print(f"{', '.join(name for name, its in missing.items() if its == why)} left out: {why}")
-    print(heading(args, len(prompts)))
+    if not args.json:
+        print(common.figures_table("point", list(compared.formats), rows, compared.formats))
+        for why in dict.fromkeys(missing.values()):
+            print(f"{', '.join(name for name, its in missing.items() if its == why)} left out: {why}")
+        print(heading(args, len(prompts)))
     outputs = {name: getattr(args, name) or folder / file for name, file in FILES.items()}
     options = ("model", "seeds", "batch", "size", "guidance", "dtype", "max_downsample")
     what = {name: getattr(args, name) for name in options} | {"prompts": len(prompts)}
     where = common.environment(args.device, "diffusers")
-    common.write_csv([{**row, **what, **where} for row in rows], outputs["csv"])
+    full = [{**row, **what, **where} for row in rows]
+    common.write_csv(full, outputs["csv"])
+    if args.json:
+        print(json.dumps(full))
     for name, figure in plots(rows, pictures, prompts, compared, args).items():
-        try:
-            figure.savefig(outputs[name], dpi=150)
-        except ValueError as error:  # no such format
-            raise UserError(f"argument --{name}: {error}") from None
+        plot.save(figure, outputs[name], f"--{name}")
     for name, path in outputs.items():
-        print(f"{name:6}{path}")
+        (say if args.json else print)(f"{name:6}{path}")
     return 0 if len(pictures) > 1 else 1
 
 

@@ -1,8 +1,8 @@
 """Finds a method for each transformer of a pipeline, by measuring on its own weights, and writes a recipe.
 
-    python -m tomesd tune --speed 2 --out recipe.json                the model of the checkout
-    python -m tomesd tune OWNER/MODEL --error 0.01 --out recipe.json --plot frontier.png
-    python -m tomesd tune OWNER/MODEL --psnr 45 --prompts-file prompts.txt --dtype fp16
+    tomesd tune --speed 2 --out recipe.json                   the model that comes with tomesd
+    tomesd tune OWNER/MODEL --error 0.01 --out recipe.json --plot frontier.png
+    tomesd tune OWNER/MODEL --psnr 45 --prompts-file prompts.txt --dtype fp16
 
     tomesd.apply_patch(pipe, tomesd.Recipe.load("recipe.json"))
 
@@ -27,10 +27,11 @@ from . import common
 from .common import UserError, guarded, need, positive
 from .metrics import read_names
 from .pipelines import (
-    EMOJI_MODEL,
+    EMOJI,
     SHORT,
     check_model,
     check_pipeline_size,
+    find_model,
     load_pipeline,
     pick_device,
     pick_dtype,
@@ -38,18 +39,20 @@ from .pipelines import (
     prompts_in,
     weights_of,
 )
+from .plot import save
 
-PROGRAM = "python -m tomesd tune"
+PROGRAM = "tomesd tune"
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = common.Parser(PROGRAM, __doc__)
-    parser.add_argument("model", nargs="?", help="folder or hub id (examples/emoji-model of a checkout)")
+    parser.add_argument("model", nargs="?", type=find_model, default=EMOJI, help="folder or hub id (emoji)")
     wish = parser.add_mutually_exclusive_group()
     wish.add_argument("--speed", type=float, help="how many times as fast as plain, with the least error (2)")
     wish.add_argument("--error", type=float, help="relative error of the network's output, in the least time")
     wish.add_argument("--psnr", type=float, help="of pictures against plain ones in dB, in the least time")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the recipe there")
+    parser.add_argument("--json", action="store_true", help="print the recipe as JSON, as --out writes it")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="error over speed of all best choices")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="what to draw, one a line, a few")
     parser.add_argument("--size", type=common.size, help="512 or 1024x576, in pixels (the model's own)")
@@ -75,10 +78,10 @@ def prompts_of(args: argparse.Namespace) -> list[str] | None:
 
 def cache_file(args: argparse.Namespace, prompts: list[str] | None) -> Path:
     """Where trials of the same model, settings and sources are kept."""
-    model, package = Path(args.model), Path(tune.__file__).parents[1]
+    folder, package = Path(args.model), Path(tune.__file__).parents[1]
     about = {
         "model": args.model,
-        "weights": weights_of(model),
+        "weights": weights_of(folder),
         "settings": [prompts, args.size, args.steps, args.dtype, str(args.device), torch.get_num_threads()],
         "torch": torch.__version__,
         "sources": [
@@ -88,12 +91,10 @@ def cache_file(args: argparse.Namespace, prompts: list[str] | None) -> Path:
         ],
     }
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-    return Path(args.cache) / f"{model.name}-{digest}.json"
+    return Path(args.cache) / f"{folder.name}-{digest}.json"
 
 
-def known_trials(file: Path, args: argparse.Namespace) -> dict[str, trials.Trial]:
-    if args.fresh or not file.is_file():
-        return {}
+def known_trials(file: Path) -> dict[str, trials.Trial]:
     return {key: trials.Trial(*trial) for key, trial in json.loads(file.read_text(encoding="utf-8")).items()}
 
 
@@ -124,7 +125,6 @@ def run(args: argparse.Namespace) -> int:
         wish = tune.Wish.of(wishes)
     except ValueError as error:
         raise UserError(f"argument --{error}") from None
-    args.model = args.model or str(EMOJI_MODEL)
     check_model(args.model)
     args.device = pick_device(args.device)
     if args.threads:
@@ -135,24 +135,24 @@ def run(args: argparse.Namespace) -> int:
     prepare(pipe)
     width, height = args.size or (None, None)
     try:
-        tuning = tune.record(pipe, prompts, height, width, args.steps)
+        tuning = trials.record(pipe, prompts, height, width, args.steps)
     except (TypeError, ValueError) as error:
         raise UserError(f"{args.model} cannot be tuned: {common.first_line(error)}") from None
     file = cache_file(args, prompts)
-    tuning.trials = known_trials(file, args)
-    for _ in tune.measure(tuning, tune.METHODS):
+    tuning.trials = {} if args.fresh else common.kept(file, known_trials) or {}
+    for _ in trials.measure(tuning, tune.METHODS):
         with common.whole(file) as part:
             part.write_text(json.dumps(tuning.trials), encoding="utf-8")
     failed = recipe = None
     try:
         recipe = tune.solve(tuning, tune.METHODS, wish)
-        print(recipe)
+        print(json.dumps(recipe.to_dict()) if args.json else recipe)
     except ValueError as error:
         failed = str(error)
     if recipe is not None and args.out:
         recipe.save(args.out)
     if args.plot:
-        draw(tuning, None if recipe is None else recipe.about).savefig(args.plot, dpi=150)
+        save(draw(tuning, None if recipe is None else recipe.about), args.plot, "--plot")
     if failed:
         raise UserError(failed)
     return 0

@@ -65,6 +65,7 @@ class Sliced:
 
     def __init__(self, tokens: int, r: int) -> None:
         self.tokens, self.groups = tokens, tokens - r
+        self.index = torch.empty(1, 0)  # the same for all samples
 
     def fits(self, x: Tensor) -> bool:
         return x.shape[1] == self.tokens
@@ -91,12 +92,13 @@ class IdealStage(MergeStage, known=False):
         return Sliced(x.shape[1], image.h * image.w - self.left(image.h, image.w))
 
 
-def patch_block(block: Block, method: Method, h: int, w: int) -> None:
-    """Makes one self-attention on an image of `h` x `w` tokens compute by a method, as in a network."""
+def patch_block(block: Block, method: Method, h: int, w: int, batch: int) -> None:
+    """Makes one self-attention on images of `h` x `w` tokens compute by a method, as in a network."""
     site = Site("block", block, BASIC, block)
     device, tables = next(block.parameters()).device, {}  # type: ignore[var-annotated]
     patch, no_carrier = Patch(), next(row for row in FAMILIES if row.carrier is None)
-    container: Any = SimpleNamespace(unpassed=lambda: Call(Image(h, w, device=device, tables=tables)))
+    call = partial(Call, batch=batch)
+    container: Any = SimpleNamespace(unpassed=lambda: call(Image(h, w, device=device, tables=tables)))
     hooks = BlockHooks(patch, container, site, no_carrier)
     hooks.plan = method.plan
     method.attach({site: hooks}, patch)
@@ -146,7 +148,7 @@ def own(
     def patch(network: nn.Module, setting: Setting) -> None:
         method = uncut(make, setting.ratio)
         if isinstance(network, Block):
-            patch_block(network, method, *setting.finest)
+            patch_block(network, method, *setting.finest, setting.batch)
         else:
             apply_patch(network, method, levels(setting), auto=auto)
 

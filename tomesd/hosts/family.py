@@ -100,7 +100,7 @@ class Site:
     @property
     def downsample(self) -> int:
         """How many times smaller its image is than the network's input."""
-        return 2**self.level
+        return 1 << self.level
 
     def part(self, name: str) -> nn.Module | None:
         """The module of one of `attn`, `cross` and `mlp`, if this block has one."""

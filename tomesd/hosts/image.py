@@ -225,8 +225,8 @@ class ContainerHooks:
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         x = self.input.get(args, kwargs)
-        b, h, w = x.shape[0], *x.shape[-2:]
-        if torch.jit.is_tracing():
+        b, h, w = x.shape[0], x.shape[-2], x.shape[-1]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call] # pyright: ignore
             b, h, w = int(b), int(h), int(w)  # what is traced is for one size
         h, w = h // self.side, w // self.side
         step = None if self.timestep is None else Step.at(self.timestep.get(args, kwargs))

@@ -73,7 +73,8 @@ def biased_attention(
         options: `dropout_p`, `is_causal`, `enable_gqa`, as there.
     """
     d, dv = query.shape[-1], value.shape[-1]
-    scale = d**-0.5 if scale is None else scale
+    usual: float = d**-0.5
+    scale = usual if scale is None else scale
     # In two channels of half precision: what the first one rounds off goes into the second.
     precise = (bias.to(torch.float32) / scale).transpose(-1, -2)
     high = precise.to(key.dtype)

@@ -153,7 +153,7 @@ def cell_offsets(
 
 def _bits(x: Tensor) -> Tensor:
     """The bits of float32 numbers, int64."""
-    if not torch.jit.is_tracing():
+    if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call] # pyright: ignore
         return x.view(torch.int32).to(torch.int64)
     # TorchScript has no such view. The same by arithmetic, for all but the smallest numbers.
     fraction, exponent = torch.frexp(x)

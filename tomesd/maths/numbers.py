@@ -11,7 +11,8 @@ _tables: dict[torch.device, list[Tensor]] = {}
 
 def up_to(n: int, device: torch.device) -> Tensor:
     """`torch.arange(n)`, to be read alone."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call] # pyright: ignore
+    if torch.compiler.is_compiling() or traced:
         return torch.arange(n, device=device)
     tables = _tables.setdefault(device, [])
     if not tables or len(tables[-1]) < n:

@@ -281,7 +281,8 @@ def _align(per_token: Tensor, x: Tensor) -> Tensor:
 def _norm(x: Tensor) -> Tensor:
     """Length of each token, `[B, T, ...]` -> `[B, T]`, in float32 at least: squares of float16 overflow."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x[..., None].flatten(2), dim=-1, dtype=dtype)
+    length: Tensor = torch.linalg.vector_norm(x[..., None].flatten(2), dim=-1, dtype=dtype)
+    return length
 
 
 def _sorted(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,8 @@ def _linears(module: nn.Module | None, rows: Rows) -> list[tuple[Rows, int, int]
     if module is None:
         return []
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return [(rows, module.in_features, module.out_features)]  # weights may be packed, or have adapters
+        packed: Any = module  # or adapted: its weights need not be of that shape
+        return [(rows, packed.in_features, packed.out_features)]
     found = [shapes for child in module.children() for shapes in _linears(child, rows)]
     own = (parameter.shape for parameter in module.parameters(recurse=False) if parameter.dim() > 1)
     return [*((rows, shape[1], shape[0]) for shape in own), *found]
@@ -115,7 +116,8 @@ class PlanIfItPays:
         # torch.compile may take the sides of an image as unknown; the answer is for these ones.
         shape = index(image.h), index(image.w), index(x.shape[0])
         if x.device.type == "meta" or pays(*self.question, *shape, x.dtype, x.device):
-            return self.method.plan(x, image)
+            plan: TokenMap = self.method.plan(x, image)
+            return plan
         return TokenMap.identity(x.shape[1], x.device)
 
     def loss(self, h: int, w: int, batch: int, weight: Tensor) -> str | None:

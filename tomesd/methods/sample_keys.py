@@ -62,7 +62,8 @@ class SampleKeys(KeysMethod):
         n, device = image.h * image.w, image.device
         if size[2] == n:
             return TokenMap.identity(n, device)
-        seed, turns = self.seed or 0, not self.replacement and image.number is not None
+        seed, number = self.seed or 0, None if self.replacement else image.number
+        turns = number is not None
         # Programs of torch.compile draw where others look up, as they would make the whole table anew.
         if torch.compiler.is_compiling():
             row = 0 if self.seed is None else image.shift % how_many(n)
@@ -71,7 +72,7 @@ class SampleKeys(KeysMethod):
         samples = image.always(key, lambda: Samples.of(*size, seed, turns, device))
         if self.seed is None:
             return samples[0]
-        row = image.number % how_many(n) if turns else image.shift % how_many(n)
+        row = (image.shift if number is None else number) % how_many(n)
         return image.once(("sample", *key), lambda: samples[row])
 
 

@@ -46,7 +46,9 @@ class Explanation:
         return sum(row.flops * row.saved for row in self.rows) / total if total else 0.0
 
     def __str__(self) -> str:
-        cells = [("block", "downsample", "method", "tokens", "left", "FLOPs saved", "left alone because")]
+        cells: list[tuple[str, ...]] = [
+            ("block", "downsample", "method", "tokens", "left", "FLOPs saved", "left alone because")
+        ]
         for row in self.rows:
             done = (str(row.after), f"{row.saved:.0%}") if row.left_alone is None else ("-", "-")
             method = "-" if row.method is None else str(row.method)
@@ -80,13 +82,13 @@ def explain(model: object, height: int | None = None, width: int | None = None) 
         ValueError: it holds no network of a known family, or the size is not positive.
     """
     networks = find_networks(model)
-    scale = getattr(model, "vae_scale_factor", 8)
+    scale: int = getattr(model, "vae_scale_factor", 8)
     native = getattr(getattr(networks[0].module, "config", None), "sample_size", None) or 64
-    native = (native, native) if isinstance(native, int) else tuple(native)
+    sides: tuple[int, int] = (native, native) if isinstance(native, int) else tuple(native)
     if width is None:
-        width = native[1] * scale if height is None else height
+        width = sides[1] * scale if height is None else height
     if height is None:
-        height = native[0] * scale
+        height = sides[0] * scale
     least = scale * max(network.family.side(network.module) for network in networks)
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, Integral) or isinstance(side, bool) or side < least:

@@ -97,6 +97,8 @@ class Recorder:
             return
         t = image.timestep
         number = float(t.flatten()[0] if isinstance(t, torch.Tensor) else t)
-        kept = TokenMap(*(part.expand(batch, -1).cpu() for part in (token_map.index, token_map.keep)))
+        index, keep = (part.expand(batch, -1).cpu() for part in (token_map.index, token_map.keep))
         name = f"{self.network.name}.{block}".lstrip(".")
-        self.plans.append(Plan(name, image.downsample, self.step, number, image.h, image.w, kept))
+        self.plans.append(
+            Plan(name, image.downsample, self.step, number, image.h, image.w, TokenMap(index, keep))
+        )

@@ -246,7 +246,7 @@ def _first(output: Any) -> Tensor:
 
 def _shown(trials: list[tuple[Unit, Method]]) -> Iterable[tuple[Unit, Method]]:
     try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+        from tqdm.auto import tqdm
     except ImportError:
         return trials
     bar: Iterable[tuple[Unit, Method]] = tqdm(trials, desc="tune", unit="trial")

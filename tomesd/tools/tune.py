@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from ..methods.recipe import Recipe
 from ..methods.sample_keys import SampleKeys
 from ..methods.stage import MergeStage
 from ..patch import patched
+from .extras import need
 from .trials import ROUNDS, Choice, Tuning, measure, record
 
 # What each transformer is tried with.
@@ -181,5 +181,6 @@ def verify(tuning: Tuning, recipe: Recipe, pictures: Tensor | None = None) -> di
 def pictures_of(drawn: Any) -> Tensor:
     """What a pipeline drew, as floats of 0 to 1."""
     drawn = getattr(drawn, "images", getattr(drawn, "frames", drawn))
+    np = need("numpy", "pictures_of")
     array = np.stack([np.asarray(picture) for picture in drawn])
     return torch.from_numpy(array / (255 if array.dtype == np.uint8 else 1)).float()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..maths.token_map import TokenMap
 from ..methods import options
+from .extras import need
 from .trace import Plan
 
 if TYPE_CHECKING:
@@ -41,12 +42,11 @@ def make_visualization(
         A picture of `plan.w * pixels` x `plan.h * pixels`.
 
     Raises:
+        ImportError: Pillow is not installed.
         TypeError: `img` is no PIL image, `plan` no `Plan`, or a number no integer.
         ValueError: an image of another shape than the tokens', a sample that is not there, no pixels.
     """
-    from PIL import Image
-
-    if not isinstance(img, Image.Image):
+    if not isinstance(img, need("PIL.Image", "make_visualization").Image):
         raise TypeError(f"img must be a PIL image, got {type(img).__name__}")
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be one of those that trace lists, got {type(plan).__name__}")
@@ -115,9 +115,9 @@ def to_tensor(img: Image.Image) -> Tensor:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """The image of pixels `[H, W, 3]`, 0 to 255."""
-    from PIL import Image
-
-    return Image.fromarray(pixels.round().to(torch.uint8).numpy())
+    need("numpy", "make_visualization")  # which torch and Pillow exchange pixels by
+    picture: Image.Image = need("PIL.Image").fromarray(pixels.round().to(torch.uint8).numpy())
+    return picture
 
 
 def _border(label: Tensor) -> Tensor:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import nn
+
+from ..tools.extras import need
 
 
 def benchmark(
@@ -34,10 +38,9 @@ def benchmark(
         Images per second.
 
     Raises:
+        ImportError: `verbose` without tqdm.
         ValueError: fewer than one counted run, or a device that is not there.
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
     device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f'there is no {device}: pass device="cpu"')
@@ -50,9 +53,12 @@ def benchmark(
     model = model.eval().to(device)
     weights = next(model.parameters(), torch.empty(0)).dtype
     images = torch.rand(batch_size, *input_size, device=device).to(weights)
+    shown: Callable[[Iterable[int]], Iterable[int]] = iter
+    if verbose:
+        shown = partial(need("tqdm", "verbose=True").tqdm, desc="Benchmarking")
     start = 0.0
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=use_fp16):
-        for run in tqdm(range(runs), desc="Benchmarking", disable=not verbose):
+        for run in shown(range(runs)):
             if run == warm_up:
                 _wait(device)
                 start = time.perf_counter()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..maths.token_map import TokenMap
 from ..methods import options
+from ..tools.extras import need
 from ..tools.vis import paint, to_image
 
 if TYPE_CHECKING:
@@ -29,12 +30,11 @@ def make_visualization(
         A picture of the size of `img`.
 
     Raises:
+        ImportError: Pillow is not installed.
         TypeError: the image is no PIL image, the source no map or matrix, or `patch_size` no integer.
         ValueError: a source of several images, or one whose tokens are not the patches of this image.
     """
-    from PIL import Image
-
-    if not isinstance(img, Image.Image):
+    if not isinstance(img, need("PIL.Image", "make_visualization").Image):
         raise TypeError(f"img must be a PIL image, got {type(img).__name__}")
     if not isinstance(source, TokenMap | Tensor):
         raise options.wrong_type("source", "a TokenMap or a matrix", source)

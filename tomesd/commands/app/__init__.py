@@ -1,7 +1,7 @@
 """A page in the browser: draw plain and merged, compare them, see what merged.
 
-    python -m tomesd app                                     # the small emoji model of a checkout
-    python -m tomesd app --model stable-diffusion-v1-5/stable-diffusion-v1-5 --port 8000
+    tomesd app                                     # the small emoji model that comes with tomesd
+    tomesd app --model stable-diffusion-v1-5/stable-diffusion-v1-5 --port 8000
 
 The page is for this machine alone unless `--host 0.0.0.0` shows it to the network, or `--share` to everybody
 who has the address that is then printed. One picture is drawn at a time.
@@ -13,20 +13,21 @@ import argparse
 import os
 import socket
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..common import Parser, UserError, first_line, guarded, need
-from ..pipelines import EMOJI_MODEL, add_device, check_model, load_pipeline, pick_device, pick_dtype
+from ..options import shipped
+from ..pipelines import EMOJI, add_device, check_model, find_model, load_pipeline, pick_device, pick_dtype
 
-PROGRAM = "python -m tomesd app"
+PROGRAM = "tomesd app"
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(PROGRAM, __doc__)
     p.add_argument(
         "--model",
-        default=str(EMOJI_MODEL),
-        help="folder or hub id of a diffusers pipeline (default: examples/emoji-model)",
+        type=find_model,
+        default=EMOJI,
+        help="folder or hub id of a diffusers pipeline (default: emoji)",
     )
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     p.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860 on)")
@@ -51,13 +52,13 @@ def run(args: argparse.Namespace) -> int:
     check_model(args.model)
     check_address(args.host, args.port)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    need("gradio", "app")
+    need("gradio")
     from .page import THEME, make_page  # gradio takes seconds to import
     from .studio import Studio
 
     device = pick_device(args.device)
     pipe = load_pipeline(args.model, device, pick_dtype(args.dtype, device))
-    studio = Studio(pipe, device, Path(args.model).resolve() == EMOJI_MODEL)
+    studio = Studio(pipe, device, shipped(args.model))
     page = make_page(studio)
     page.launch(server_name=args.host, server_port=args.port, share=args.share, theme=THEME, show_error=True)
     return 0

@@ -21,8 +21,8 @@ import tomesd
 from ...hosts.unets import find_networks
 from .. import memory
 from ..common import UserError, check_multiple, need, size, timed
-from ..generate import EMOJI_GUIDANCE, patch
 from ..generate_4k import base_size
+from ..options import EMOJI_GUIDANCE, patch
 from .comparison import Comparison, Drawn, Settings
 from .traced import Traced
 

@@ -1,0 +1,126 @@
+"""Options that several commands have: what to patch with, and what to draw."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tomesd
+
+from ..methods.choice import DOWNSAMPLES
+from .common import UserError, check_multiple, positive, say, size
+from .pipelines import EMOJI_MODEL
+
+METHODS: dict[str, Callable[[float], tomesd.Method]] = {
+    "merge": tomesd.Merge,
+    "sample-keys": tomesd.SampleKeys,
+    "merge-keys": tomesd.MergeKeys,
+    "merge-stage": tomesd.MergeStage,
+}
+# Of the shipped model; others have their own.
+EMOJI_STEPS, EMOJI_GUIDANCE = 20, 3.0
+
+
+def add_method(
+    p: argparse.ArgumentParser, method: str = "merge", ratio: float = 0.5, levels: str = "the finest"
+) -> None:
+    """What to patch with."""
+    p.add_argument(
+        "--ratio", type=float, default=ratio, help=f"share of tokens to save, 0 for none (default: {ratio})"
+    )
+    p.add_argument(
+        "--method",
+        choices=METHODS,
+        default=method,
+        help="merge: similar tokens merge in self-attention; sample-keys and merge-keys: all tokens look at "
+        "a sample of them, or at merged ones, closest to plain; merge-stage: whole transformers run on "
+        f"merged tokens, fastest (default: {method})",
+    )
+    p.add_argument("--recipe", type=Path, metavar="FILE", help="what `tomesd tune` has written, instead")
+    p.add_argument(
+        "--max-downsample",
+        type=int,
+        choices=DOWNSAMPLES,
+        help=f"work at levels up to this one (default: {levels} with attention)",
+    )
+    p.add_argument("--auto", action="store_true", help="leave blocks alone where it would be slower")
+
+
+def make_method(args: argparse.Namespace) -> tomesd.Method | tomesd.Recipe | None:
+    """What was asked for, None for plain; a UserError says why that cannot be, before a model is loaded."""
+    try:
+        if args.recipe:
+            return tomesd.Recipe.load(args.recipe)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            method = METHODS[args.method](args.ratio)
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"argument --recipe: {args.recipe}: {error}" if args.recipe else str(error)) from None
+    for warning in caught:
+        say(f"note: {warning.message}")
+    return method if args.ratio else None
+
+
+def label(args: argparse.Namespace) -> str:
+    """What is patched with, in a few words."""
+    return f"merged by {args.recipe.name}" if args.recipe else f"merged {args.ratio:.0%}"
+
+
+def patch_as_asked(pipe: Any, args: argparse.Namespace) -> None:
+    """Patches a pipeline with what was asked for, or leaves it plain."""
+    method = make_method(args)
+    if method is None:
+        tomesd.remove_patch(pipe)
+    else:
+        patch(pipe, method, args.max_downsample, args.auto)
+
+
+def patch(
+    pipe: Any, method: tomesd.Method | tomesd.Recipe, max_downsample: int | None, auto: bool = False
+) -> None:
+    """Patches a pipeline; a UserError says why that cannot be."""
+    try:
+        tomesd.apply_patch(pipe, method, max_downsample, auto=auto)
+    except (TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def add_picture(p: argparse.ArgumentParser) -> None:
+    """How to draw."""
+    p.add_argument("--size", type=size, help="N or WxH in pixels (default: the model's own size)")
+    p.add_argument("--steps", type=positive, help="denoising steps (default: 20, or the pipeline's own)")
+    p.add_argument("--guidance", type=float, help="guidance scale (default: 3, or the pipeline's own)")
+    p.add_argument("--seed", type=int, default=0, help="seed of every picture (default: 0)")
+
+
+def check_picture(args: argparse.Namespace) -> None:
+    """Raises a UserError for what cannot be drawn, before anything slow begins."""
+    if args.size:
+        check_multiple(args.size, 8)
+    if args.guidance is not None and not (math.isfinite(args.guidance) and args.guidance >= 0):
+        raise UserError(f"--guidance has to be a number of at least 0, not {args.guidance}")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed has to be in 0..2^63-1, not {args.seed}")
+
+
+def shipped(model: str) -> bool:
+    """Whether it is the model that comes with the package."""
+    return Path(model).resolve() == EMOJI_MODEL
+
+
+def call_options(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    """What a pipeline is called with beside prompt and noise."""
+    options: dict[str, Any] = {}
+    if args.size:
+        options.update(width=args.size[0], height=args.size[1])
+    small, known = shipped(args.model), inspect.signature(pipe.__call__).parameters
+    if (args.guidance is not None or small) and "guidance_scale" in known:
+        options["guidance_scale"] = EMOJI_GUIDANCE if args.guidance is None else args.guidance
+    if args.steps or small:
+        options["num_inference_steps"] = args.steps or EMOJI_STEPS
+    return options
