@@ -522,8 +522,8 @@ def test_sources_are_of_the_last_forward_and_of_known_layers():
     for layer in (4, -5, "a"):
         with pytest.raises(ValueError, match="layer must be from -4 to 3, got"):
             tome.source(model, layer)
-    with pytest.raises(KeyError, match="'size' is none of r, source"):
-        model._tome_info["size"]
+    with pytest.raises(KeyError, match="'sizes' is none of r, size, source"):
+        model._tome_info["sizes"]
 
 
 def test_a_compiled_model_can_be_patched():

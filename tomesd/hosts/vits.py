@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from operator import attrgetter
 from typing import Any
 
 from torch import nn
+from torch.torch_version import TorchVersion as Version
 
 from .family import Block, Family, Network, Part, Site, find, is_named, known, submodule
 
@@ -20,6 +22,8 @@ class VisionFamily(Family):
     path: str = "encoder.layers"  # the list of its blocks
     prefix: Callable[[Any], int] = lambda network: 1  # how many tokens before the patches never merge
     prop_attn: bool = True  # whether a merged token counts as many times as it has tokens, by default
+    distilled: Callable[[Any], bool] = lambda network: False  # whether one of those is a distillation token
+    since: str = ""  # the first version of the package whose classes are as this row says
 
     def __post_init__(self) -> None:
         for name, block in self.blocks.items():
@@ -31,12 +35,23 @@ class VisionFamily(Family):
     def fits(self, module: nn.Module) -> bool:
         return super().fits(module) and submodule(module, self.path) is not None
 
+    def too_old(self, module: nn.Module) -> str:
+        """What to say of a module that is not as this row says, if its package is too old for that."""
+        if not self.since or type(module).__module__.split(".")[0] != self.package:
+            return ""
+        installed = version(self.package)
+        if Version(installed) >= Version(self.since):
+            return ""
+        return f" (tomesd needs {self.package} >= {self.since} for it, installed is {installed})"
+
     def sites(self, network: nn.Module) -> Iterator[Site]:
         container = network.get_submodule(self.path)
-        for child, module in container.named_children():
-            block = self.block(module)
+        used: dict[int, str] = {}
+        # Not named_children: that leaves out what is there twice.
+        for child, module in container._modules.items():
+            block = None if module is None else self.block(module)
             name = f"{self.path}.{child}"
-            if block is None:
+            if module is None or block is None:
                 raise ValueError(
                     f"{name} of {type(network).__name__} is a {type(module).__name__}; of {self.name} tomesd "
                     f"knows {', '.join(self.blocks)}"
@@ -47,7 +62,15 @@ class VisionFamily(Family):
                 if part is not None and submodule(module, part) is None:
                     raise ValueError(
                         f"{name} of {type(network).__name__} has no {part}, at which tomesd merges the "
-                        f"tokens of {self.name}"
+                        f"tokens of {self.name}{self.too_old(module)}"
+                    )
+            for path in dict.fromkeys((None, block.input, attn.path, block.middle)):
+                place = name if path is None else f"{name}.{path}"
+                other = used.setdefault(id(module.get_submodule(path or "")), place)
+                if other != place:
+                    raise ValueError(
+                        f"{other} and {place} of {type(network).__name__} are one and the same module, so it "
+                        "cannot be told where in the network it is called: give each place one of its own"
                     )
             yield Site(name, module, block, container)
 
@@ -153,24 +176,44 @@ def find_networks(model: object, package: str | None = None) -> list[Network[Vis
         TypeError: the model is no module.
         ValueError: it holds no vision transformer of a known family, or one that cannot be merged.
     """
-    if not isinstance(model, nn.Module):
-        kind = (
-            f"the class {model.__name__}: make one first" if isinstance(model, type) else type(model).__name__
-        )
-        raise TypeError(f"expected a torch module, got {kind} (for pipelines there is tomesd.apply_patch)")
-    for module in model.modules():
-        for names, reason in REFUSED.items():
-            if is_named(module, names):
-                raise ValueError(f"the tokens of {type(module).__name__} cannot be merged: {reason}")
+    module = checked(model)
     rows: Sequence[VisionFamily] = [row for row in FAMILIES if package in (None, row.package)]
-    found = find(model, rows)
+    found = find(module, rows)
+    for name, part in module.named_modules():
+        for names, reason in REFUSED.items():
+            if is_named(part, names):
+                others = ", ".join(network.name for network in found)
+                raise ValueError(
+                    f"the tokens of {name or 'this'} {type(part).__name__} cannot be merged: {reason}"
+                    + (f". Patch the others alone: {others}" if others else "")
+                )
     if not found:
         of = f" of {package}" if package else ""
         raise ValueError(
-            f"{type(model).__name__} holds no vision transformer{of} that tomesd knows. Known are "
-            f"{known(rows)}; for Stable Diffusion there is tomesd.apply_patch"
+            f"{''.join(_look_alikes(module, rows))}{type(module).__name__} holds no vision transformer{of} that "
+            f"tomesd knows. Known are {known(rows)}; for Stable Diffusion there is tomesd.apply_patch"
         )
     for network in found:
         if not network.sites:
             raise ValueError(f"{network} has no blocks in {network.family.path}")
     return found
+
+
+def checked(model: object) -> nn.Module:
+    """The model, if it is a module; else a TypeError."""
+    if isinstance(model, nn.Module):
+        return model
+    kind = f"the class {model.__name__}: make one first" if isinstance(model, type) else type(model).__name__
+    raise TypeError(f"expected a torch module, got {kind} (for pipelines there is tomesd.apply_patch)")
+
+
+def _look_alikes(model: nn.Module, rows: Sequence[VisionFamily]) -> Iterator[str]:
+    """Modules that have the name of a known class and are not it, one sentence each."""
+    seen = set()
+    for name, module in model.named_modules():
+        alike = [row for row in rows if is_named(module, row.networks)]
+        if alike and type(module) not in seen:
+            seen.add(type(module))
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            lacks = " and ".join(f"no {row.path} as {row.name}{row.too_old(module)}" for row in alike)
+            yield f"{name or 'This'} is a {kind} with {lacks}, so "

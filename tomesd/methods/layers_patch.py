@@ -1,0 +1,221 @@
+"""What a patch on a vision transformer holds: options, `r`, and what the last forward merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..hosts.family import Network
+from ..hosts.hooks import Patch, PerThread
+from ..hosts.vits import VisionFamily
+from ..maths.token_map import TokenMap
+from . import options
+from .schedule import parse_r
+
+Metric: TypeAlias = Literal["tokens", "keys"]
+Mode: TypeAlias = Literal["mlerp", "mean"]
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class MergeLayers:
+    """What `tomesd.vit.apply_patch` was given, checked once; it explains each option."""
+
+    trace_source: bool
+    prop_attn: bool | None
+    metric: Metric
+    mode: Mode
+
+    def __post_init__(self) -> None:
+        options.boolean("trace_source", self.trace_source)
+        options.boolean_or_none("prop_attn", self.prop_attn)
+        options.one_of("metric", self.metric, get_args(Metric))
+        options.one_of("mode", self.mode, get_args(Mode))
+
+
+@dataclass(eq=False)
+class Forward:
+    """What is known of a network during one forward."""
+
+    masked: bool = True  # whether attention may be given a mask of the caller's
+    maps: list[TokenMap | None] = field(default_factory=list)  # after each layer, where they are kept
+
+
+class Hooks:
+    """Hooks on modules of one network, as bound methods.
+
+    A copy of a module takes its hooks along, but nothing of what they know: empty, they do nothing. The copy
+    of a whole network has a copy of its patch, which fills them.
+    """
+
+    patch: LayersPatch
+
+    def __getstate__(self) -> None:
+        return None
+
+    def look_for_replaced(self, block: nn.Module, name: str, parts: Iterable[str]) -> None:
+        """Raises an error if a part of a block to which these hooks belong is no longer there."""
+        for path in parts:
+            part: Any = block
+            for step in path.split("."):
+                part = getattr(part, step, None)
+            if part is not None and self._is_on(part):
+                continue
+            inside = list(part.modules()) if isinstance(part, nn.Module) else []
+            # Adapters wrap a part and call it. Those that train a copy of it keep it, and call the copy.
+            copied = any(is_copy(hook) for module in inside for hook in hooks_of(module))
+            if copied or not any(map(self._is_on, inside)):
+                kind = type(part).__name__
+                raise RuntimeError(
+                    f"tomesd: {name}.{path} was replaced after apply_patch, by a {kind}: patch again"
+                )
+
+    def _is_on(self, part: nn.Module) -> bool:
+        return any(getattr(hook, "__self__", None) is self for hook in hooks_of(part))
+
+
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """All that is called before and after a module."""
+    return (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+
+
+def is_copy(hook: Any) -> bool:
+    """Whether a hook is an empty one, on a copy of a part."""
+    owner = getattr(hook, "__self__", None)
+    return isinstance(owner, Hooks) and not hasattr(owner, "patch")
+
+
+def where_filled(hook: Hook) -> Hook:
+    """A hook that does nothing on a copy of a part."""
+
+    @wraps(hook)
+    def filled(self: Hooks, *args: Any) -> Any:
+        return hook(self, *args) if hasattr(self, "patch") else None
+
+    return filled  # type: ignore[return-value]
+
+
+class Holder:
+    """The model that was patched, whose `r` its networks read; its `_tome_info`."""
+
+    def __init__(self, model: nn.Module, patches: list[LayersPatch]) -> None:
+        self.__setstate__({"model": model, "patches": patches})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.model: nn.Module = state["model"]
+        self.patches: list[LayersPatch] = state["patches"]
+        for patch in self.patches:
+            patch.holder = self
+
+    def __getitem__(self, key: str) -> Any:
+        """What `_tome_info` of the ToMe package has."""
+        return self.patches[-1].info(key)
+
+
+class LayersPatch(Patch):
+    """All that tomesd holds on one vision transformer."""
+
+    def __init__(self, network: Network[VisionFamily], method: MergeLayers) -> None:
+        super().__init__()
+        family = network.family
+        self.network = network.module
+        self.name = str(network)
+        self.method = method
+        self.trace_source = method.trace_source
+        self.prop_attn = family.prop_attn if method.prop_attn is None else method.prop_attn
+        self.protected = family.prefix(network.module)
+        self.distilled = family.distilled(network.module)
+        self.layers = len(network.sites)
+        self.sequence_first = False
+        self.own = PerThread(Forward)
+        self.maps: list[TokenMap | None] = [None] * self.layers
+        self.parsed: tuple[Any, list[int]] = (None, [])
+        self.hooks: list[Hooks] = []
+        # Copies of the network alone have no holder, and merge as it did when they were made.
+        self.holder: Holder | None = None
+        self.last_r: Any = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        contents = [
+            {name: value for name, value in vars(hook).items() if name != "patch"} for hook in self.hooks
+        ]
+        state = {**super().__getstate__(), "holder": None, "last_r": self.r}
+        return {**state, "contents": contents}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for hook, contents in zip(self.hooks, vars(self).pop("contents"), strict=True):
+            vars(hook).update(contents, patch=self)
+
+    def info(self, key: str) -> Any:
+        """What `_tome_info` of the ToMe package has by this name."""
+        known: dict[str, Callable[[], Any]] = {
+            "r": lambda: self.r,
+            "size": lambda: self.source(-1).sizes[..., None],
+            "source": lambda: self.source(-1).source_matrix(),
+            "trace_source": lambda: self.trace_source,
+            "prop_attn": lambda: self.prop_attn,
+            "class_token": lambda: self.protected > 0,
+            "distill_token": lambda: self.distilled,
+        }
+        if key not in known:
+            raise KeyError(f"{key!r} is none of {', '.join(known)}")
+        return known[key]()
+
+    @property
+    def r(self) -> Any:
+        """What the network itself says, or else the model that was patched."""
+        own = vars(self.network)
+        if "r" in own:
+            return own["r"]
+        return self.last_r if self.holder is None else self.holder.model.r
+
+    @property
+    def schedule(self) -> list[int]:
+        """How many tokens are to merge in each layer."""
+        r = self.r
+        key = type(r), tuple(r) if isinstance(r, list) else r  # a list may be changed in place
+        known, schedule = self.parsed
+        if known == key:
+            return schedule
+        schedule = self.parse(r)
+        if not torch.compiler.is_compiling():
+            self.parsed = key, schedule
+        return schedule
+
+    def parse(self, r: Any) -> list[int]:
+        """The schedule of an `r`; a ValueError or TypeError if it is none."""
+        try:
+            return parse_r(self.layers, r)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+
+    def source(self, layer: int) -> TokenMap:
+        """The map from the original tokens to those after a layer of the last forward."""
+        if not isinstance(layer, int) or not -self.layers <= layer < self.layers:
+            raise ValueError(f"layer must be from {-self.layers} to {self.layers - 1}, got {layer!r}")
+        if not self.trace_source:
+            raise ValueError("no sources are kept: patch the model with trace_source=True")
+        found = self.maps[layer]
+        if found is None:
+            raise RuntimeError("no sources yet: run the model first")
+        return found
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Tokens `[B, N, C]` as this network orders them, and back."""
+        return x.transpose(0, 1) if self.sequence_first else x
+
+
+def forget_copies(model: nn.Module) -> None:
+    """Takes off the empty hooks that copies of parts have brought into a model."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if is_copy(hook)]:
+                for name, table in vars(module).items():
+                    if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
+                        table.pop(key, None)
