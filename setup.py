@@ -42,6 +42,7 @@ setup(
             "ruff",
             # for scripts/
             *("fonttools", "onnx"),
+            "onnxruntime",
             # what CompVis' ldm imports; the tests run against it
             "einops",
             "omegaconf",

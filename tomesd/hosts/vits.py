@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from operator import attrgetter
 from typing import Any
 
@@ -37,10 +37,9 @@ class VisionFamily(Family):
 
     def too_old(self, module: nn.Module) -> str:
         """What to say of a module that is not as this row says, if its package is too old for that."""
-        if not self.since or type(module).__module__.split(".")[0] != self.package:
-            return ""
-        installed = version(self.package)
-        if Version(installed) >= Version(self.since):
+        package = type(module).__module__.split(".")[0]
+        installed = getattr(sys.modules.get(package), "__version__", "")
+        if package != self.package or not self.since or Version(installed) >= Version(self.since):
             return ""
         return f" (tomesd needs {self.package} >= {self.since} for it, installed is {installed})"
 
@@ -57,8 +56,7 @@ class VisionFamily(Family):
                     f"knows {', '.join(self.blocks)}"
                 )
             attn = block.attn
-            keys = () if attn.key_layer is None else (f"{attn.path}.{attn.key_layer}",)
-            for part in (block.input, attn.path, block.middle, block.end, *keys):
+            for part in (block.input, attn.path, block.middle, block.end):
                 if part is not None and submodule(module, part) is None:
                     raise ValueError(
                         f"{name} of {type(network).__name__} has no {part}, at which tomesd merges the "
@@ -101,8 +99,10 @@ FAMILIES = (
             "ResPostBlock": Block("attn", TIMM, middle="mlp", end="drop_path2", tokens="x"),
         },
         package="timm",
+        since="1.0.16",
         path="blocks",
         prefix=OF_TIMM,
+        distilled=lambda network: getattr(network, "dist_token", None) is not None,
     ),
     VisionFamily(
         "timm Eva (EVA02, DINOv3)",
@@ -112,6 +112,7 @@ FAMILIES = (
             "EvaBlockPostNorm": Block("attn", EVA, middle="mlp", end="drop_path2", tokens="x"),
         },
         package="timm",
+        since="1.0.16",
         path="blocks",
         prefix=OF_TIMM,
     ),
@@ -123,12 +124,23 @@ FAMILIES = (
         # SWAG's may pool all tokens instead of having a class token; torchvision's always has one.
         prefix=lambda network: int(getattr(network, "classifier", "token") == "token"),
     ),
-    VisionFamily("transformers ViT", ("ViTModel",), {"ViTLayer": VIT}, path="layers"),
+    VisionFamily("transformers ViT", ("ViTModel",), {"ViTLayer": VIT}, path="layers", since="5.9"),
     VisionFamily(
-        "transformers DeiT", ("DeiTModel",), {"DeiTLayer": VIT}, path="layers", prefix=lambda network: 2
+        "transformers DeiT",
+        ("DeiTModel",),
+        {"DeiTLayer": VIT},
+        path="layers",
+        prefix=lambda network: 2,
+        distilled=lambda network: True,
+        since="5.9",
     ),
     VisionFamily(
-        "transformers ViTMAE", ("ViTMAEModel",), {"ViTMAELayer": VIT}, path="layers", prop_attn=False
+        "transformers ViTMAE",
+        ("ViTMAEModel",),
+        {"ViTMAELayer": VIT},
+        path="layers",
+        prop_attn=False,
+        since="5.9",
     ),
     VisionFamily(
         "transformers DINOv2",
@@ -136,6 +148,7 @@ FAMILIES = (
         {"Dinov2Layer": DINO, "Dinov2WithRegistersLayer": DINO},
         path="encoder.layer",
         prefix=_class_and_registers,
+        since="5.18",
     ),
     VisionFamily(
         "transformers DINOv3",
@@ -143,11 +156,17 @@ FAMILIES = (
         {"DINOv3ViTLayer": DINOV3},
         path="model.layer",
         prefix=_class_and_registers,
+        since="5.4",
     ),
-    VisionFamily("transformers CLIP vision", ("CLIPVisionModel",), {"CLIPEncoderLayer": CLIP}),
+    VisionFamily(
+        "transformers CLIP vision",
+        # The second one held the layers up to transformers 5.5.
+        ("CLIPVisionModel", "CLIPVisionTransformer"),
+        {"CLIPEncoderLayer": CLIP},
+    ),
     VisionFamily(
         "transformers SigLIP vision",
-        ("SiglipVisionModel",),
+        ("SiglipVisionModel", "SiglipVisionTransformer"),
         {"SiglipEncoderLayer": CLIP},
         prefix=lambda network: 0,
     ),
@@ -190,8 +209,8 @@ def find_networks(model: object, package: str | None = None) -> list[Network[Vis
     if not found:
         of = f" of {package}" if package else ""
         raise ValueError(
-            f"{''.join(_look_alikes(module, rows))}{type(module).__name__} holds no vision transformer{of} that "
-            f"tomesd knows. Known are {known(rows)}; for Stable Diffusion there is tomesd.apply_patch"
+            f"{''.join(_look_alikes(module, rows))}{type(module).__name__} holds no vision transformer{of} "
+            f"that tomesd knows. Known are {known(rows)}; for Stable Diffusion there is tomesd.apply_patch"
         )
     for network in found:
         if not network.sites:

@@ -19,30 +19,26 @@ recomputes each block on what it was given.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hosts.family import Network, Site
+from ..hosts.family import Network, Site, submodule
 from ..hosts.hooks import Args, Argument, Kwargs, PerThread
 from ..hosts.vits import VisionFamily
 from ..maths.attention import key_bias, take_rope
 from ..maths.grid import alternate
 from ..maths.matching import match_exact
 from ..maths.token_map import TokenMap, in_full_precision
-from .layers_patch import Hooks, LayersPatch, where_filled
+from .layers_patch import STATE, Hooks, LayersPatch, NetworkHooks, State, state_of, where_filled
 
-STATE = "_tomesd_state"
 # Tokens are compared by so many of their channels: with 128 of 384 DINOv2-S keeps its accuracy, with 64 it
 # does not, and with all of 768 ViT-B loses some of its speed.
 CHANNELS = 128
-# Index and survivors of the merged tokens, and whether nobody looks at them before the last block.
-State: TypeAlias = tuple[tuple[Tensor, Tensor] | None, bool]
 
 
 def attach(patch: LayersPatch, network: Network[VisionFamily]) -> None:
@@ -52,52 +48,6 @@ def attach(patch: LayersPatch, network: Network[VisionFamily]) -> None:
         patch.hooks.append(LayerHooks(patch, layer, network, site))
 
 
-class NetworkHooks(Hooks):
-    """Looks for masks that are given to a network, and hands merged tokens from block to block."""
-
-    def __init__(self, patch: LayersPatch, network: Network[VisionFamily]) -> None:
-        self.patch = patch
-        module, container = network.module, network.sites[0].container
-        self.mask: Argument | None = None
-        if "attention_mask" in inspect.signature(type(module).forward).parameters:
-            self.mask = Argument(module, "attention_mask")
-            patch.before(module, self.look_for_mask)
-            patch.after(module, self.forget_mask)
-        if isinstance(container, nn.Sequential):
-            patch.before(container, self.enter)
-            patch.after(container, self.leave, first=True)
-
-    @where_filled
-    def look_for_mask(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        # Under torch.export blocks are given a mask that hides nothing: is there one of the caller's?
-        assert self.mask is not None
-        self.patch.own.get().masked = self.mask.get(args, kwargs) is not None
-
-    @where_filled
-    def forget_mask(self, network: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
-        self.patch.own.get().masked = True
-
-    @where_filled
-    def enter(self, container: nn.Sequential, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        """Tells the first block whether nobody looks at the tokens between the blocks."""
-        if any(len(block._forward_hooks) > 1 or len(block._forward_pre_hooks) > 1 for block in container):
-            return None
-        x = args[0].view_as(args[0])
-        setattr(x, STATE, (None, True))
-        return (x, *args[1:]), kwargs
-
-    @where_filled
-    def leave(self, container: nn.Sequential, args: Args, kwargs: Kwargs, x: Tensor) -> Tensor:
-        """Gives back the tokens that the blocks have handed on merged."""
-        patch = self.patch
-        if not any(patch.schedule):
-            return x
-        carried, inside = _state(x, f"the end of {patch.name}'s blocks")
-        if carried is None or not inside:
-            return x
-        return patch.turned(carried.unmerge(patch.turned(x)))
-
-
 @dataclass(eq=False)
 class LayerCall:
     """What is known of a block during one call of it."""
@@ -105,7 +55,7 @@ class LayerCall:
     begun: bool = False  # whether the parts of the block are being called
     attended: bool = False  # whether attention has been among them
     halfway: bool = False  # whether the middle has been
-    tokens: int = 0  # how many the block works on
+    shape: tuple[int, int] = (0, 0)  # of the tokens that the block works on, [B, N]
     r: int = 0  # how many tokens are to merge
     inside: bool = False  # whether nobody looks at the tokens before the last block
     handed: State | None = None  # of the tokens that the block itself was given
@@ -137,21 +87,23 @@ class LayerHooks(Hooks):
         self.rope = Argument(attn, part.rope) if part.rope else None
         self.given, self.halfway = Argument(first, "", 0), Argument(middle, "", 0)
         self.head_dim = getattr(attn, "head_dim", None)
-        shows_keys = part.key_layer is not None and self.head_dim is not None
+        key_layer = part.key_layer and submodule(attn, part.key_layer)
+        shows_keys = key_layer is not None and self.head_dim is not None
         if keys and not shows_keys and not isinstance(attn, nn.MultiheadAttention):
             raise ValueError(
-                f"the keys of {name}.{part.path} cannot be seen (its row has no key_layer, or "
-                f'{type(attn).__name__} no head_dim): take metric="tokens"'
+                f"the keys of {name}.{part.path} cannot be seen: {type(attn).__name__} has no "
+                f'{part.key_layer or "layer of keys that is known"}, or no head_dim. Take metric="tokens"'
             )
         patch.sequence_first = getattr(attn, "batch_first", True) is False
         patch.before(site.module, self.enter)
         patch.before(first, self.begin)
         patch.before(attn, self.enter_attention)
         patch.after(attn, self.leave_attention, first=True)
-        self.parts = dict.fromkeys((block.input, part.path, block.middle, block.end))
-        if keys and part.key_layer is not None:
-            patch.after(attn.get_submodule(part.key_layer), self.keep_keys)
-            self.parts[f"{part.path}.{part.key_layer}"] = None
+        # Around the last two an adapter would have all tokens beside merged ones.
+        self.parts = {block.middle: False, block.end: False, block.input: True, part.path: True}
+        if keys and isinstance(key_layer, nn.Module):
+            patch.after(key_layer, self.keep_keys)
+            self.parts[f"{part.path}.{part.key_layer}"] = False
         patch.before(middle, self.merge)
         patch.after(end, self.unmerge)
         patch.after(site.module, self.leave, first=True)
@@ -174,7 +126,7 @@ class LayerHooks(Hooks):
         self.look_for_replaced(block, self.name, self.parts)
         if not any(schedule[: self.layer]):
             return None
-        before, inside = _state(x, self.name)
+        before, inside = state_of(x, self.name)
         own.handed = getattr(x, STATE)
         if before is None or inside:
             return None
@@ -191,15 +143,15 @@ class LayerHooks(Hooks):
             setattr(x, STATE, handed)  # accelerate has moved the tokens to the device of this block
         own.before, own.inside = None, False
         if any(schedule[: self.layer]):
-            own.before, own.inside = _state(x, self.name)
+            own.before, own.inside = state_of(x, self.name)
         elif hasattr(x, STATE):
-            own.inside = _state(x, self.name)[1]
+            own.inside = state_of(x, self.name)[1]
         own.r = schedule[self.layer]
         own.size = None if own.before is None else own.before.sizes
         own.map = own.metric = own.gain = None
         own.begun, own.attended, own.halfway = own.r > 0 or own.before is not None, False, False
         if own.begun:
-            own.tokens = self._count(x, self.block.input)
+            own.shape = self._shape(x, self.block.input)
 
     @where_filled
     def enter_attention(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
@@ -207,10 +159,10 @@ class LayerHooks(Hooks):
         if not self._begun(own):
             return None
         x = self.attended.get(args, kwargs)
-        if self._count(x, self.block.attn.path) != own.tokens:
+        if self._shape(x, self.block.attn.path) != own.shape:
             raise RuntimeError(
-                f"tomesd: {self.name}.{self.block.attn.path} was given {list(x.shape)} of the block's "
-                f"{own.tokens} tokens: merged tokens fill no windows, and are no part of a batch"
+                f"tomesd: {self.name}.{self.block.attn.path} was given {list(x.shape)} of the block's tokens "
+                f"{list(own.shape)}: merged tokens fill no windows, and cannot attend for a part of the batch"
             )
         own.attended = True
         if isinstance(attn, nn.MultiheadAttention) and self._needs_keys:
@@ -269,10 +221,10 @@ class LayerHooks(Hooks):
         if not self._begun(own) or not own.attended:
             return None
         x = self.halfway.get(args, kwargs)
-        if self._count(x, str(self.block.middle)) != own.tokens or own.map is not None:
+        if self._shape(x, str(self.block.middle)) != own.shape or own.map is not None:
             raise RuntimeError(
-                f"tomesd: {self.name}.{self.block.middle}, where its {own.tokens} tokens merge, was given "
-                f"{list(x.shape)}{' once more' if own.map is not None else ''}"
+                f"tomesd: {self.name}.{self.block.middle}, where its tokens {list(own.shape)} merge, was "
+                f"given {list(x.shape)}{' once more' if own.map is not None else ''}"
             )
         own.halfway = True
         x = patch.turned(x)
@@ -303,7 +255,7 @@ class LayerHooks(Hooks):
         merging = any(patch.schedule[: self.layer + 1])
         if merging:
             self._look_for_skipped(block, own)
-            self._count(output, "")
+            self._shape(output, "")
         after, x = own.before, patch.turned(output)
         if own.map is not None:
             x = own.map.merge(x, "drop")
@@ -325,22 +277,27 @@ class LayerHooks(Hooks):
         return self.own.get().r > 0 and self.patch.method.metric == "keys"
 
     def _bias(self, family: VisionFamily, attn: nn.Module) -> Argument | None:
-        part = self.block.attn
+        part, too_old = self.block.attn, family.too_old(attn)
         assert part.bias is not None
         try:
-            return Argument(attn, part.bias)
+            bias = Argument(attn, part.bias)
+            if not too_old:  # those of old versions may take any arguments, and do not know this one
+                return bias
+            why = f"as {type(attn).__name__} knows no {part.bias}"
         except ValueError as error:
-            if not self.patch.prop_attn:
-                return None
-            raise ValueError(
-                f"{self.name}.{part.path} takes no sizes of tokens: {error}{family.too_old(attn)}; with "
-                "prop_attn=False it needs none"
-            ) from None
+            why = str(error)
+        if not self.patch.prop_attn:
+            return None
+        raise ValueError(
+            f"{self.name}.{part.path} takes no sizes of tokens: {why}{too_old}. It needs none with "
+            "prop_attn=False"
+        )
 
-    def _count(self, x: Any, path: str) -> int:
-        """The number of tokens in `x`, which a part is given or the block itself returns."""
+    def _shape(self, x: Any, path: str) -> tuple[int, int]:
+        """`[B, N]` of tokens `x`, which a part is given or the block itself returns."""
         if isinstance(x, Tensor) and x.dim() == 3:
-            return self.patch.turned(x).shape[1]
+            b, n, _ = self.patch.turned(x).shape
+            return b, n
         kind = f"a tensor {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         where = f"{self.name}.{path} was given" if path else f"{self.name} returns"
         raise RuntimeError(f"tomesd: {where} {kind} where its tokens [B, N, C] are expected")
@@ -368,21 +325,9 @@ class LayerHooks(Hooks):
             skipped = None if own.gain is None else self.block.end
         if skipped is not None:
             raise RuntimeError(
-                f"tomesd: {self.name} did not call its {skipped}, or not in the order of other blocks "
-                f"({', '.join(self.parts)}): tokens cannot merge in the forward of {type(block).__name__}"
+                f"tomesd: {self.name} did not call its {skipped}, or not in the order that is known: "
+                f"{type(block).__name__} has a forward of its own, in which tokens cannot merge"
             )
-
-
-def _state(x: Tensor, where: str) -> tuple[TokenMap | None, bool]:
-    """Which tokens of `x` are merged, and whether nobody looks at them before the last block."""
-    if not hasattr(x, STATE):
-        raise RuntimeError(
-            f"tomesd: the tokens at {where} do not come straight from the block before it. Something between "
-            "them made a new tensor: a hook, an adapter, FSDP, or activation checkpointing with "
-            "use_reentrant=True (use_reentrant=False works). Without it, or with model.r = 0, it runs"
-        )
-    carried, inside = getattr(x, STATE)
-    return (None if carried is None else TokenMap(*(part.to(x.device) for part in carried))), inside
 
 
 def _mean_keys(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
@@ -10,8 +11,8 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from ..hosts.family import Network
-from ..hosts.hooks import Patch, PerThread
+from ..hosts.family import Network, submodule
+from ..hosts.hooks import Args, Argument, Kwargs, Patch, PerThread
 from ..hosts.vits import VisionFamily
 from ..maths.token_map import TokenMap
 from . import options
@@ -19,6 +20,10 @@ from .schedule import parse_r
 
 Metric: TypeAlias = Literal["tokens", "keys"]
 Mode: TypeAlias = Literal["mlerp", "mean"]
+STATE = "_tomesd_state"
+SCRIPTED = "__prepare_scriptable__"
+# Index and survivors of the merged tokens, and whether nobody looks at them before the last block.
+State: TypeAlias = tuple[tuple[Tensor, Tensor] | None, bool]
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
@@ -58,24 +63,30 @@ class Hooks:
     def __getstate__(self) -> None:
         return None
 
-    def look_for_replaced(self, block: nn.Module, name: str, parts: Iterable[str]) -> None:
-        """Raises an error if a part of a block to which these hooks belong is no longer there."""
-        for path in parts:
+    def look_for_replaced(self, block: nn.Module, name: str, parts: Mapping[str, bool]) -> None:
+        """Raises an error if a part of a block to which these hooks belong is no longer there.
+
+        Args:
+            parts: where they are in the block, and whether an adapter around one may have come since: one
+                that calls the part and adds to what that returns.
+        """
+        for path, wrappable in parts.items():
             part: Any = block
             for step in path.split("."):
                 part = getattr(part, step, None)
-            if part is not None and self._is_on(part):
+            if part is not None and self.is_on(part):
                 continue
-            inside = list(part.modules()) if isinstance(part, nn.Module) else []
-            # Adapters wrap a part and call it. Those that train a copy of it keep it, and call the copy.
+            inside = list(part.modules()) if wrappable and isinstance(part, nn.Module) else []
+            # Adapters that train a copy of a part keep it, and call the copy.
             copied = any(is_copy(hook) for module in inside for hook in hooks_of(module))
-            if copied or not any(map(self._is_on, inside)):
+            if copied or not any(map(self.is_on, inside)):
                 kind = type(part).__name__
                 raise RuntimeError(
                     f"tomesd: {name}.{path} was replaced after apply_patch, by a {kind}: patch again"
                 )
 
-    def _is_on(self, part: nn.Module) -> bool:
+    def is_on(self, part: nn.Module) -> bool:
+        """Whether some of these hooks are on a module."""
         return any(getattr(hook, "__self__", None) is self for hook in hooks_of(part))
 
 
@@ -152,6 +163,11 @@ class LayersPatch(Patch):
         for hook, contents in zip(self.hooks, vars(self).pop("contents"), strict=True):
             vars(hook).update(contents, patch=self)
 
+    def remove(self) -> None:
+        """Takes all hooks off."""
+        super().remove()
+        vars(self.network).pop(SCRIPTED, None)
+
     def info(self, key: str) -> Any:
         """What `_tome_info` of the ToMe package has by this name."""
         known: dict[str, Callable[[], Any]] = {
@@ -219,3 +235,89 @@ def forget_copies(model: nn.Module) -> None:
                 for name, table in vars(module).items():
                     if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
                         table.pop(key, None)
+
+
+class NetworkHooks(Hooks):
+    """Looks for masks that are given to a network, and hands merged tokens from block to block."""
+
+    def __init__(self, patch: LayersPatch, network: Network[VisionFamily]) -> None:
+        self.patch = patch
+        module, container = network.module, network.sites[0].container
+        self.path = network.family.path
+        patch.before(module, self.look_for_blocks)
+        self.mask: Argument | None = None
+        if "attention_mask" in inspect.signature(type(module).forward).parameters:
+            self.mask = Argument(module, "attention_mask")
+            patch.before(module, self.look_for_mask)
+            patch.after(module, self.forget_mask)
+        if isinstance(container, nn.Sequential):
+            patch.before(container, self.enter)
+            patch.after(container, self.leave, first=True)
+        vars(module)[SCRIPTED] = self.refuse_to_be_scripted
+
+    def refuse_to_be_scripted(self) -> None:
+        """Called by `torch.jit.script` first of all."""
+        raise RuntimeError(
+            "tomesd: torch.jit.script cannot read hooks: remove_patch first, or take torch.jit.trace, "
+            "torch.export or torch.compile"
+        )
+
+    @where_filled
+    def look_for_blocks(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Raises an error if there is a block that was not there when the network was patched."""
+        container = submodule(network, self.path)
+        if container is None or not any(self.patch.schedule):
+            return
+        for name, block in container._modules.items():
+            # Sharding and the like wrap blocks.
+            if block is not None and not any(map(self._is_ours, block.modules())):
+                raise RuntimeError(
+                    f"tomesd: {self.path}.{name} came after apply_patch, or is a copy of a block: patch again"
+                )
+
+    def _is_ours(self, module: nn.Module) -> bool:
+        owners = (getattr(hook, "__self__", None) for hook in hooks_of(module))
+        return any(getattr(owner, "patch", None) is self.patch for owner in owners)
+
+    @where_filled
+    def look_for_mask(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        # Under torch.export blocks are given a mask that hides nothing: is there one of the caller's?
+        assert self.mask is not None
+        self.patch.own.get().masked = self.mask.get(args, kwargs) is not None
+
+    @where_filled
+    def forget_mask(self, network: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+        self.patch.own.get().masked = True
+
+    @where_filled
+    def enter(self, container: nn.Sequential, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Tells the first block whether nobody looks at the tokens between the blocks."""
+        self.look_for_blocks(self.patch.network, args, kwargs)
+        if any(len(block._forward_hooks) > 1 or len(block._forward_pre_hooks) > 1 for block in container):
+            return None
+        x = args[0].view_as(args[0])
+        setattr(x, STATE, (None, True))
+        return (x, *args[1:]), kwargs
+
+    @where_filled
+    def leave(self, container: nn.Sequential, args: Args, kwargs: Kwargs, x: Tensor) -> Tensor:
+        """Gives back the tokens that the blocks have handed on merged."""
+        patch = self.patch
+        if not any(patch.schedule):
+            return x
+        carried, inside = state_of(x, f"the end of {patch.name}'s blocks")
+        if carried is None or not inside:
+            return x
+        return patch.turned(carried.unmerge(patch.turned(x)))
+
+
+def state_of(x: Tensor, where: str) -> tuple[TokenMap | None, bool]:
+    """Which tokens of `x` are merged, and whether nobody looks at them before the last block."""
+    if not hasattr(x, STATE):
+        raise RuntimeError(
+            f"tomesd: the tokens at {where} do not come straight from the block before it. Something between "
+            "them made a new tensor: a hook, an adapter, FSDP, or activation checkpointing with "
+            "use_reentrant=True (use_reentrant=False works). Without it, or with model.r = 0, it runs"
+        )
+    carried, inside = getattr(x, STATE)
+    return (None if carried is None else TokenMap(*(part.to(x.device) for part in carried))), inside

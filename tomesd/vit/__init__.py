@@ -1,9 +1,8 @@
 """Token merging for vision transformers by the names of the ToMe package: `import tomesd.vit as tome`."""
 
-from .. import merge
 from ..methods.schedule import parse_r
-from . import patch, utils
-from .patch import apply_patch, remove_patch, source
+from . import merge, patch, utils
+from .patch import apply_patch, remove_patch, set_r, source
 from .vis import make_visualization
 
 __all__ = [
@@ -13,6 +12,7 @@ __all__ = [
     "parse_r",
     "patch",
     "remove_patch",
+    "set_r",
     "source",
     "utils",
 ]
