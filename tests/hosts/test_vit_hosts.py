@@ -573,3 +573,61 @@ def test_the_exporter_of_torchscript_writes_what_onnxruntime_runs(options):
         x = tiny_vit.images(batch)
         (got,) = session.run(None, {"x": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(got), model(x), rtol=1e-4, atol=1e-4)
+
+
+# Families whose blocks are as those of one on which the laws run
+
+
+@pytest.mark.parametrize("name", tiny_vit.ALIKE)
+def test_families_that_are_alike_keep_the_laws_of_a_patch(name):
+    case = tiny_vit.ALIKE[name]
+    model = case.build()
+    plain = case(model)
+    patched(model, r=0)
+    assert torch.equal(case(model), plain)
+    model.r = [7, 0, 9, 20]
+    merged = case(model)
+    assert 0 < (merged - plain).norm() < plain.norm()
+    assert torch.equal(case(copy.deepcopy(model)), merged)
+    torch.testing.assert_close(case(model, 1)[0], merged[0], atol=1e-4, rtol=1e-3)
+    tome.remove_patch(model)
+    assert torch.equal(case(model), plain)
+    assert traces(model) == []
+
+
+def test_detection_tokens_after_the_patches_never_merge():
+    case = CASES["transformers YOLOS"]
+    model = patched(case.build(), r=[40, 40], trace_source=True)
+    case(model)
+    sizes = tome.source(model).sizes
+    assert sizes.max() > 1
+    assert (sizes[:, -3:] == 1).all()
+    assert (sizes[:, 0] == 1).all()
+
+
+def test_dinov3_of_torch_hub_passes_lists_of_one_size():
+    case = tiny_vit.ALIKE["DINOv3 of torch.hub"]
+    model = case.build()
+    want = case(patched(model))
+    for block in model.blocks:
+        forward = type(block).forward
+        block.forward = lambda x, rope, f=forward, b=block: [f(b, each, rope) for each in x]
+    model.blocks[0].register_forward_pre_hook(lambda m, args: ([args[0]], *args[1:]))
+    model.blocks[-1].register_forward_hook(lambda m, args, out: out[0])
+    torch.testing.assert_close(case(model), want)
+    handle = model.blocks[0].register_forward_pre_hook(lambda m, args: (2 * args[0], *args[1:]))
+    with pytest.raises(RuntimeError, match=r"blocks\.0 returns a list"):
+        case(model)
+    handle.remove()
+
+
+@pytest.mark.parametrize("share", [0.1, (0.1, -1.0), [0.2, 0.0, 0.1]], ids=str)
+def test_r_as_a_share_of_the_patches_that_are_left(share):
+    model = patched(r=share, trace_source=True)
+    for side in (32, 16):
+        model.set_input_size((side, side))
+        model(tiny_vit.images(1, side))
+        left = (side // 4) ** 2
+        for layer, each in enumerate(tome.parse_r(4, share)):
+            left -= int(each * left)
+            assert tome.source(model, layer).groups == 1 + left

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import tomesd.vit as tome
 from tomesd.methods import layers
 
-CASES = tiny_vit.CASES
+CASES = {**tiny_vit.CASES, **tiny_vit.ALIKE}
 SCHEDULE = [7, 0, 9, 40]
 
 
@@ -54,11 +54,13 @@ def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn, metric, mode):
                 weights = weights * sizes
             out = weights / weights.sum(-1, keepdim=True) @ v
             out = out.transpose(0, 1).flatten(1)
-            return getattr(attn, case.project)(getattr(attn, "norm", torch.nn.Identity())(out))
+            return getattr(attn, case.project, torch.nn.Identity())(
+                getattr(attn, "norm", torch.nn.Identity())(out)
+            )
 
         x = x + case.first(block, x, attend)
         by = keys[0] if metric == "keys" else x[:, :16]
-        free = range(case.prefix, len(x))
+        free = range(case.prefix, len(x) - case.suffix)
         src, dst = [i for i in free if i % 2 == 0], [i for i in free if i % 2 == 1]
         best = {}
         for i in src:
@@ -88,6 +90,10 @@ def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn, metric, mode):
 def test_merging_is_tome_in_plain_loops(case, prop_attn, metric, mode, monkeypatch):
     monkeypatch.setattr(layers, "CHANNELS", 16)
     case, model = case
+    if (prop_attn and not case.sizes) or (metric == "keys" and not case.keys):
+        with pytest.raises(ValueError, match=r"takes no sizes of tokens|cannot be seen"):
+            tome.apply_patch(model, prop_attn=prop_attn, metric=metric)
+        prop_attn, metric = prop_attn and case.sizes, "tokens"
     model = model.double()
     blocks = case.blocks(model)
     plain = call_of(case, model)
@@ -97,9 +103,14 @@ def test_merging_is_tome_in_plain_loops(case, prop_attn, metric, mode, monkeypat
     if isinstance(rope, torch.Tensor) and rope.dim() == 3:  # of mixed depth: each block has its own
         ropes = list(model.rope.get_embed(model.patch_embed.grid_size))
     x = plain["args"][0] if plain["args"] else kwargs["hidden_states"]
+    if len(plain["args"]) == 2:  # DINOv3 of torch.hub
+        ropes = [plain["args"][1]] * len(blocks)
+    first = x.shape[0] != 2  # OpenAI's CLIP has its tokens first
+    x = x.transpose(0, 1) if first else x
     with torch.no_grad():
         options = (prop_attn, metric, mode)
         want = [merged_by_loops(case, blocks, each, ropes, SCHEDULE, *options) for each in x]
     tome.apply_patch(model, prop_attn=prop_attn, metric=metric, mode=mode)
     model.r = SCHEDULE
-    torch.testing.assert_close(call_of(case, model)["out"], torch.stack(want), rtol=1e-5, atol=1e-6)
+    got = call_of(case, model)["out"]
+    torch.testing.assert_close(got.transpose(0, 1) if first else got, torch.stack(want), rtol=1e-5, atol=1e-6)

@@ -21,13 +21,16 @@ class VisionFamily(Family):
     package: str = "transformers"  # the function of `tomesd.vit.patch` that patches it
     path: str = "encoder.layers"  # the list of its blocks
     prefix: Callable[[Any], int] = lambda network: 1  # how many tokens before the patches never merge
+    suffix: Callable[[Any], int] = lambda network: 0  # how many after the patches
     prop_attn: bool = True  # whether a merged token counts as many times as it has tokens, by default
     distilled: Callable[[Any], bool] = lambda network: False  # whether one of those is a distillation token
     since: str = ""  # the first version of the package whose classes are as this row says
 
     def __post_init__(self) -> None:
         for name, block in self.blocks.items():
-            needed = {"middle": block.middle, "end": block.end, "attn's bias": block.attn.bias}
+            needed = {"middle": block.middle, "end": block.end}
+            if self.prop_attn:
+                needed["attn's bias (or prop_attn=False)"] = block.attn.bias
             lacks = [part for part, given in needed.items() if given is None]
             if lacks:
                 raise ValueError(f"the row of {name} in {self.name} lacks {', '.join(lacks)}")
@@ -77,6 +80,10 @@ def _class_and_registers(network: Any) -> int:
     return 1 + getattr(network.config, "num_register_tokens", 0)
 
 
+def _class_and_storage(network: Any) -> int:
+    return 1 + getattr(network, "n_storage_tokens", getattr(network, "num_register_tokens", 0))
+
+
 TIMM = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask")
 EVA = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask", rope="rope")
 MULTIHEAD = Part("self_attention", tokens="query", bias="key_padding_mask")
@@ -88,8 +95,29 @@ DINO = Block("norm1", ATTENTION, middle="norm2", end="drop_path")
 DINOV3 = Block("norm1", WITH_ROPE, middle="norm2", end="drop_path")
 OF_TIMM = attrgetter("num_prefix_tokens")
 CLIP = Block("layer_norm1", CLIP_ATTENTION, middle="layer_norm2", end="mlp")
+# No attention mask: merged tokens cannot be weighed.
+BLIP = Block("layer_norm1", Part("self_attn"), middle="layer_norm2", end="mlp")
+INTERNVL = Part("attention", key_layer="k_norm", bias="attention_mask")
+# Their `output` adds to what it makes.
+VIDEO_MAE = Block(
+    "layernorm_before", Part("attention.attention"), middle="layernorm_after", end="output.dropout"
+)
+DINO_HUB = Block("norm1", Part("attn", tokens="x"), middle="norm2", end="ls2", tokens="x")
+DINOV3_HUB = Block(
+    "norm1", Part("attn", tokens="x", rope="rope"), middle="norm2", end="ls2", tokens="x_or_x_list"
+)
+OPEN_CLIP = Block(
+    "ln_1",
+    Part("attn", tokens="query", bias="key_padding_mask"),
+    middle="ln_2",
+    end="mlp",
+    tokens="q_x",
+)
+OPEN_CLIP_CUSTOM = Block(
+    "ln_1", Part("attn", tokens="x", bias="attn_mask"), middle="ln_2", end="mlp", tokens="x"
+)
 
-FAMILIES = (
+FAMILIES = [
     VisionFamily(
         "timm VisionTransformer",
         ("VisionTransformer",),
@@ -170,7 +198,66 @@ FAMILIES = (
         {"SiglipEncoderLayer": CLIP},
         prefix=lambda network: 0,
     ),
-)
+    VisionFamily(
+        "transformers MetaCLIP 2 vision",
+        ("MetaClip2VisionModel", "MetaClip2VisionTransformer"),
+        {"MetaClip2EncoderLayer": CLIP},
+    ),
+    VisionFamily("transformers ViT-MSN", ("ViTMSNModel",), {"ViTMSNLayer": VIT}, path="layers", since="5.9"),
+    VisionFamily(
+        "transformers I-JEPA",
+        ("IJepaModel",),
+        {"IJepaLayer": VIT},
+        path="layers",
+        prefix=lambda network: 0,
+        since="5.9",
+    ),
+    VisionFamily("transformers ViViT", ("VivitModel",), {"VivitLayer": VIT}, path="layers", since="5.9"),
+    VisionFamily(
+        "transformers VideoMAE",
+        ("VideoMAEModel",),
+        {"VideoMAELayer": VIDEO_MAE},
+        path="encoder.layer",
+        prefix=lambda network: 0,
+        prop_attn=False,
+    ),
+    VisionFamily(
+        "transformers YOLOS",
+        ("YolosModel",),
+        {"YolosLayer": VIDEO_MAE},
+        path="encoder.layer",
+        suffix=lambda network: int(network.config.num_detection_tokens),
+        prop_attn=False,
+    ),
+    VisionFamily(
+        "transformers BLIP vision",
+        ("BlipVisionModel", "Blip2VisionModel"),
+        {"BlipEncoderLayer": BLIP, "Blip2EncoderLayer": BLIP},
+        prop_attn=False,
+    ),
+    VisionFamily(
+        "transformers InternVL vision",
+        ("InternVLVisionModel",),
+        {"InternVLVisionLayer": Block("layernorm_before", INTERNVL, middle="layernorm_after", end="dropout")},
+        path="encoder.layer",
+    ),
+    VisionFamily(
+        "open_clip or OpenAI CLIP vision",
+        ("VisionTransformer",),
+        {"ResidualAttentionBlock": OPEN_CLIP, "CustomResidualAttentionBlock": OPEN_CLIP_CUSTOM},
+        package="open_clip",
+        path="transformer.resblocks",
+    ),
+    VisionFamily(
+        "DINOv2 or DINOv3 of torch.hub",
+        ("DinoVisionTransformer",),
+        {"Block": DINO_HUB, "SelfAttentionBlock": DINOV3_HUB},
+        package="dinov2",
+        path="blocks",
+        prefix=_class_and_storage,
+        prop_attn=False,
+    ),
+]
 
 RELATIVE = "its attention has a bias for each pair of positions, and a merged token has no single position"
 WINDOWED = "its attention runs in windows of the whole grid, and merged tokens fill none"

@@ -6,9 +6,9 @@ Nothing of a host's code is restated. In each block
     x = x + mlp(norm2(x))
 
 a hook on the attention adds the sizes of its keys, and one on norm2 merges the tokens. At the end of the
-second half a hook adds what merging changed to its result y and gives that back to all tokens, and a hook on
-the block keeps the tokens that survive. That is what ToMe computes: a survivor of value s that has merged
-into m becomes s + (y + m - s) = m + y.
+second half a hook gives its result y back to all tokens, and one on the block keeps those that survive and
+adds what merging changed in them. That is what ToMe computes: a survivor of value s that has merged into m
+becomes (s + y) + (m - s) = m + y.
 
 From outside a block gives and takes tokens on the original grid, so dense outputs, hidden states, pooling
 and heads need no care: what they see is constant on groups of tokens. Blocks hand merged tokens to each other
@@ -55,8 +55,9 @@ class LayerCall:
     begun: bool = False  # whether the parts of the block are being called
     attended: bool = False  # whether attention has been among them
     halfway: bool = False  # whether the middle has been
+    ended: bool = False  # whether the end has been
     shape: tuple[int, int] = (0, 0)  # of the tokens that the block works on, [B, N]
-    r: int = 0  # how many tokens are to merge
+    r: int | float = 0  # how many tokens are to merge, or which share of those that may
     inside: bool = False  # whether nobody looks at the tokens before the last block
     handed: State | None = None  # of the tokens that the block itself was given
     before: TokenMap | None = None  # which tokens the blocks before it have merged
@@ -112,7 +113,8 @@ class LayerHooks(Hooks):
     def enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         own, patch = self.own.get(), self.patch
         own.handed, own.begun = None, False
-        x = self.tokens.get(args, kwargs)
+        given = self.tokens.get(args, kwargs)
+        x = given[0] if isinstance(given, list) else given  # one of several sizes: `leave` refuses more
         if isinstance(x, torch.fx.Proxy):
             raise RuntimeError(
                 "tomesd: torch.fx does not see which tokens merge (feature extractors use it): remove_patch "
@@ -132,7 +134,7 @@ class LayerHooks(Hooks):
             return None
         merged = patch.turned(before.merge(patch.turned(x), "drop"))
         setattr(merged, STATE, getattr(x, STATE))
-        return self.tokens.put(args, kwargs, merged)
+        return self.tokens.put(args, kwargs, [merged] if isinstance(given, list) else merged)
 
     @where_filled
     def begin(self, part: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -149,7 +151,8 @@ class LayerHooks(Hooks):
         own.r = schedule[self.layer]
         own.size = None if own.before is None else own.before.sizes
         own.map = own.metric = own.gain = None
-        own.begun, own.attended, own.halfway = own.r > 0 or own.before is not None, False, False
+        own.begun = own.r > 0 or own.before is not None
+        own.attended = own.halfway = own.ended = False
         if own.begun:
             own.shape = self._shape(x, self.block.input)
 
@@ -184,7 +187,7 @@ class LayerHooks(Hooks):
             assert self.bias is not None
             args, kwargs = self.bias.put(args, kwargs, None)
         if self.rope is not None:
-            keep = own.before.keep[:, patch.protected :] - patch.protected
+            keep = own.before.keep[:, patch.protected :] - patch.protected  # embeddings are of patches alone
             args, kwargs = self.rope.put(args, kwargs, take_rope(self.rope.get(args, kwargs), keep))
         if patch.prop_attn:
             assert own.size is not None
@@ -228,11 +231,12 @@ class LayerHooks(Hooks):
             )
         own.halfway = True
         x = patch.turned(x)
-        r = min(own.r, (x.shape[1] - patch.protected) // 2)
+        free = x.shape[1] - patch.protected - patch.last
+        r = min(own.r if isinstance(own.r, int) else int(own.r * free), free // 2)
         if r <= 0:
             return None
         metric = x.detach()[..., :CHANNELS] if own.metric is None else own.metric
-        partition = alternate(x.shape[1], patch.protected, x.device)
+        partition = alternate(x.shape[1] - patch.last, patch.protected, x.device)
         # In half precision many cosines near 1 are equal, and the accuracy of the model suffers.
         with in_full_precision(x):
             token_map = match_exact(metric.float(), partition, r)
@@ -244,21 +248,26 @@ class LayerHooks(Hooks):
     @where_filled
     def unmerge(self, part: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         own, patch = self.own.get(), self.patch
-        gain, own.gain = own.gain, None
-        if own.map is None or gain is None:
+        # It may be a module that the first half calls too.
+        if own.map is None or own.ended:
             return output
-        return patch.turned(own.map.unmerge(patch.turned(output) + gain))
+        own.ended = True
+        return patch.turned(own.map.unmerge(patch.turned(output)))
 
     @where_filled
-    def leave(self, block: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
+    def leave(self, block: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         own, patch = self.own.get(), self.patch
         merging = any(patch.schedule[: self.layer + 1])
+        if isinstance(output, list) and len(output) == 1:
+            return [self.leave(block, args, kwargs, output[0])]
         if merging:
             self._look_for_skipped(block, own)
             self._shape(output, "")
+        elif not isinstance(output, Tensor):
+            return output
         after, x = own.before, patch.turned(output)
         if own.map is not None:
-            x = own.map.merge(x, "drop")
+            x = own.map.merge(x, "drop") + own.gain
             after = own.map if after is None else after.compose(own.map)
         if after is not None and not own.inside:
             x = after.unmerge(x)
@@ -278,14 +287,14 @@ class LayerHooks(Hooks):
 
     def _bias(self, family: VisionFamily, attn: nn.Module) -> Argument | None:
         part, too_old = self.block.attn, family.too_old(attn)
-        assert part.bias is not None
-        try:
-            bias = Argument(attn, part.bias)
-            if not too_old:  # those of old versions may take any arguments, and do not know this one
-                return bias
-            why = f"as {type(attn).__name__} knows no {part.bias}"
-        except ValueError as error:
-            why = str(error)
+        why = f"{type(attn).__name__} has no parameter for them"
+        if part.bias is not None:
+            try:
+                bias = Argument(attn, part.bias)
+                if not too_old:  # those of old versions may take any arguments, and do not know this one
+                    return bias
+            except ValueError as error:
+                why = str(error)
         if not self.patch.prop_attn:
             return None
         raise ValueError(
@@ -322,7 +331,7 @@ class LayerHooks(Hooks):
         elif own.r > 0 and not own.halfway:
             skipped = self.block.middle
         else:
-            skipped = None if own.gain is None else self.block.end
+            skipped = None if own.map is None or own.ended else self.block.end
         if skipped is not None:
             raise RuntimeError(
                 f"tomesd: {self.name} did not call its {skipped}, or not in the order that is known: "

@@ -140,12 +140,13 @@ class LayersPatch(Patch):
         self.trace_source = method.trace_source
         self.prop_attn = family.prop_attn if method.prop_attn is None else method.prop_attn
         self.protected = family.prefix(network.module)
+        self.last = family.suffix(network.module)
         self.distilled = family.distilled(network.module)
         self.layers = len(network.sites)
         self.sequence_first = False
         self.own = PerThread(Forward)
         self.maps: list[TokenMap | None] = [None] * self.layers
-        self.parsed: tuple[Any, list[int]] = (None, [])
+        self.parsed: tuple[Any, list[int | float]] = (None, [])
         self.hooks: list[Hooks] = []
         # Copies of the network alone have no holder, and merge as it did when they were made.
         self.holder: Holder | None = None
@@ -192,8 +193,8 @@ class LayersPatch(Patch):
         return self.last_r if self.holder is None else self.holder.model.r
 
     @property
-    def schedule(self) -> list[int]:
-        """How many tokens are to merge in each layer."""
+    def schedule(self) -> list[int | float]:
+        """How many tokens are to merge in each layer, or which share of them."""
         r = self.r
         key = type(r), tuple(r) if isinstance(r, list) else r  # a list may be changed in place
         known, schedule = self.parsed
@@ -204,7 +205,7 @@ class LayersPatch(Patch):
             self.parsed = key, schedule
         return schedule
 
-    def parse(self, r: Any) -> list[int]:
+    def parse(self, r: Any) -> list[int | float]:
         """The schedule of an `r`; a ValueError or TypeError if it is none."""
         try:
             return parse_r(self.layers, r)
