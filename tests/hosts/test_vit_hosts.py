@@ -631,3 +631,98 @@ def test_r_as_a_share_of_the_patches_that_are_left(share):
         for layer, each in enumerate(tome.parse_r(4, share)):
             left -= int(each * left)
             assert tome.source(model, layer).groups == 1 + left
+
+
+# Rows of one's own
+
+
+class AcmeLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(24), AcmeAttention()
+        self.norm_2, self.feed = nn.LayerNorm(24), nn.Linear(24, 24)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm(x), bias=None)
+        return x + self.feed(self.norm_2(x))
+
+
+class AcmeAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(24, 72)
+
+    def forward(self, x, bias=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
+
+
+class AcmeViT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layers = nn.Conv2d(3, 24, 4, 4), nn.ModuleList(AcmeLayer() for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).mT
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def acme(**options):
+    block = tome.Block(
+        "norm", tome.Part("attention", tokens="x", bias="bias"), middle="norm_2", end="feed", tokens="x"
+    )
+    row = dict(path="layers", prefix=lambda network: 0)
+    return tome.VisionFamily("Acme ViT", ("AcmeViT",), {"AcmeLayer": block}, **{**row, **options})
+
+
+def test_a_row_of_ones_own_is_patched_like_those_of_the_package(monkeypatch):
+    monkeypatch.setattr(vits, "FAMILIES", list(vits.FAMILIES))
+    model = tiny_vit.randomised(AcmeViT())
+    plain = model(X)
+    with pytest.raises(ValueError, match="AcmeViT holds no vision transformer"):
+        tome.apply_patch(model)
+    row = acme()
+    assert tome.register(row) is row
+    patched(model, trace_source=True)
+    assert 0 < (model(X) - plain).norm() < plain.norm()
+    assert tome.source(model).groups == 64 - 18
+    assert torch.equal(tome.remove_patch(model)(X), plain)
+    with pytest.raises(ValueError, match="there is a family 'Acme ViT' already"):
+        tome.register(acme())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "reason"),
+    [
+        (lambda: "AcmeViT", TypeError, "expected a VisionFamily, got str"),
+        (lambda: acme(path=3), TypeError, "path must be a string, got 3"),
+        (lambda: acme(prefix=1), TypeError, "prefix must be a function of the network, got 1"),
+        (lambda: acme(path=""), ValueError, "needs a name, networks, blocks and a path"),
+        (
+            lambda: tome.VisionFamily("A", "AcmeViT", dict(acme().blocks)),
+            TypeError,
+            "networks must be a tuple of names of classes, got 'AcmeViT'",
+        ),
+        (
+            lambda: tome.VisionFamily("A", ("AcmeViT",), {"AcmeLayer": tome.Block("norm", tome.Part("a"))}),
+            ValueError,
+            "the row of AcmeLayer in A lacks middle, end, attn's bias",
+        ),
+    ],
+)
+def test_a_row_is_checked_when_it_is_registered(make, error, reason):
+    before = list(vits.FAMILIES)
+    with pytest.raises(error, match=reason):
+        tome.register(make())
+    assert before == vits.FAMILIES
+
+
+def test_a_row_that_does_not_fit_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr(vits, "FAMILIES", list(vits.FAMILIES))
+    block = tome.Block("norm", tome.Part("attention"), middle="norm_3", end="feed")
+    row = tome.VisionFamily("Acme", ("AcmeViT",), {"AcmeLayer": block}, path="layers", prop_attn=False)
+    tome.register(row)
+    with pytest.raises(ValueError, match=r"layers\.0 of AcmeViT has no norm_3"):
+        tome.apply_patch(AcmeViT())

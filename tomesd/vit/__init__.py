@@ -1,16 +1,22 @@
 """Token merging for vision transformers by the names of the ToMe package: `import tomesd.vit as tome`."""
 
+from ..hosts.family import Block, Part
+from ..hosts.vits import VisionFamily, register
 from ..methods.schedule import parse_r
 from . import merge, patch, utils
 from .patch import apply_patch, remove_patch, set_r, source
 from .vis import make_visualization
 
 __all__ = [
+    "Block",
+    "Part",
+    "VisionFamily",
     "apply_patch",
     "make_visualization",
     "merge",
     "parse_r",
     "patch",
+    "register",
     "remove_patch",
     "set_r",
     "source",
