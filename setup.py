@@ -42,7 +42,7 @@ setup(
             "ruff",
             # for scripts/
             *("fonttools", "onnx"),
-            "onnxruntime",
+            *("onnxruntime", "open_clip_torch"),
             # what CompVis' ldm imports; the tests run against it
             "einops",
             "omegaconf",

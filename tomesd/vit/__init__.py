@@ -5,17 +5,21 @@ from ..hosts.vits import VisionFamily, register
 from ..methods.schedule import parse_r
 from . import merge, patch, utils
 from .patch import apply_patch, remove_patch, set_r, source
+from .reduction import Reduced, keep, reduce
 from .vis import make_visualization
 
 __all__ = [
     "Block",
     "Part",
+    "Reduced",
     "VisionFamily",
     "apply_patch",
+    "keep",
     "make_visualization",
     "merge",
     "parse_r",
     "patch",
+    "reduce",
     "register",
     "remove_patch",
     "set_r",
