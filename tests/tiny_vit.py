@@ -12,7 +12,7 @@ import torchvision
 import transformers as T
 from open_clip.transformer import VisionTransformer as OpenClip
 from timm.models.eva import Eva
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 SIDE = 32
@@ -53,6 +53,7 @@ class Case:
     project: str
     rope: Callable[[Tensor, Any], Tensor] | None = None
     options: Callable[[int], dict[str, Any]] = lambda batch: {}
+    at_once: bool = False  # whether its halves run beside each other, on tokens that merge before
     suffix: int = 0  # how many tokens come after the patches
     sizes: bool = True  # whether its attention takes sizes
     keys: bool = True  # whether its keys can be seen
@@ -120,6 +121,19 @@ def _timm_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _mha_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     qkv = nn.functional.linear(x, attn.in_proj_weight, attn.in_proj_bias)
     return tuple(_heads(each, attn.num_heads) for each in qkv.chunk(3, dim=-1))
+
+
+def _parallel_qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (_heads(each, block.num_heads) for each in block.in_proj(x)[:, -72:].chunk(3, dim=-1))
+    return block.q_norm(q), block.k_norm(k), v
+
+
+def _beside(block: Any, x: Tensor, attend: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    x = block.in_norm(x)
+    hidden = block.in_proj(x)[:, :-72]
+    if block.mlp_bias is not None:
+        hidden = hidden + block.mlp_bias
+    return block.ls(attend(block, x) + block.mlp_out_proj(block.mlp_act(hidden)))
 
 
 def _fused_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -368,6 +382,17 @@ CASES = {
     ),
     "timm qk-norm, average pooling": Case(
         _timm(VisionTransformer, qk_norm=True, global_pool="avg", drop_path_rate=0.1), prefix=1, **BLOCK
+    ),
+    "timm parallel": Case(
+        _timm(VisionTransformer, block_fn=ParallelScalingBlock, qk_norm=True),
+        blocks=lambda m: list(m.blocks),
+        prefix=1,
+        first=_beside,
+        second=lambda b, x: 0,
+        qkv=_parallel_qkv,
+        project="attn_out_proj",
+        keys=False,
+        at_once=True,
     ),
     "timm SigLIP": Case(_timm(VisionTransformer, class_token=False, global_pool="map"), prefix=0, **BLOCK),
     "timm post-norm": Case(_timm(VisionTransformer, block_fn=ResPostBlock), prefix=1, **RES_POST),

@@ -257,7 +257,7 @@ def test_fine_tuning_with_merging_converges_through_accelerate():
         ),
         (
             lambda: parallel(),
-            "ParallelScalingBlock; of timm VisionTransformer tomesd knows Block, ResPostBlock",
+            "ParallelThingsBlock; of timm VisionTransformer tomesd knows Block, ResPostBlock",
         ),
     ],
 )
@@ -293,9 +293,9 @@ def timm():
 
 
 def parallel():
-    from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+    from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
 
-    return VisionTransformer(**tiny_vit.TIMM, block_fn=ParallelScalingBlock)
+    return VisionTransformer(**tiny_vit.TIMM, block_fn=ParallelThingsBlock)
 
 
 def test_errors_name_what_was_given():

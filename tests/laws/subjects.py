@@ -104,9 +104,8 @@ def fits(case: tiny.Case, method: tomesd.Method) -> bool:
 
 def layers_of(case: tiny_vit.Case) -> dict[str, dict[str, Any]]:
     """The ways to patch a vision transformer."""
-    if case.sizes:
-        return LAYERS
-    return {"layers": {}, "as ToMe": {"mode": "mean", "metric": "keys" if case.keys else "tokens"}}
+    as_tome = {"mode": "mean", "metric": "keys" if case.keys else "tokens"}
+    return {**LAYERS, "as ToMe": as_tome} if case.sizes else {"layers": {}, "as ToMe": as_tome}
 
 
 def checkpoint_vit(model: nn.Module, on: bool) -> None:

@@ -1,5 +1,7 @@
 """Merging in vision transformers is ToMe, layer by layer."""
 
+from functools import partial
+
 import pytest
 import tiny_vit
 import torch
@@ -32,6 +34,25 @@ def call_of(case, model):
     return seen
 
 
+def merge_by_loops(case, x, by, groups, sizes, r, mode):
+    """The tokens after one step of merging, and the original tokens in each."""
+    free = range(case.prefix, len(x) - case.suffix)
+    src, dst = [i for i in free if i % 2 == 0], [i for i in free if i % 2 == 1]
+    best = {}
+    for i in src:
+        cosines = [(F.cosine_similarity(by[i], by[j], dim=0).item(), j) for j in dst]
+        best[i] = max(cosines)
+    leaving = sorted(src, key=lambda i: -best[i][0])[:r]
+    members = {i: [i] for i in range(len(x)) if i not in leaving}
+    for i in leaving:
+        members[best[i][1]].append(i)
+    means = [sum(x[j] * sizes[j] for j in ms) / sum(sizes[j] for j in ms) for ms in members.values()]
+    if mode == "mlerp":
+        longest = [max(x[j].norm() for j in ms) for ms in members.values()]
+        means = [mean / mean.norm() * norm for mean, norm in zip(means, longest, strict=True)]
+    return torch.stack(means), [[i for j in ms for i in groups[j]] for ms in members.values()]
+
+
 def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn, metric, mode):
     """ToMe (Bolya et al., 2023) on the tokens `[N, C]` of one image, as plain as can be."""
     groups = [[i] for i in range(len(x))]  # the original tokens in each token, its survivor first
@@ -58,24 +79,13 @@ def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn, metric, mode):
                 getattr(attn, "norm", torch.nn.Identity())(out)
             )
 
-        x = x + case.first(block, x, attend)
+        if not case.at_once:
+            x = x + case.first(block, x, attend)
         by = keys[0] if metric == "keys" else x[:, :16]
-        free = range(case.prefix, len(x) - case.suffix)
-        src, dst = [i for i in free if i % 2 == 0], [i for i in free if i % 2 == 1]
-        best = {}
-        for i in src:
-            cosines = [(F.cosine_similarity(by[i], by[j], dim=0).item(), j) for j in dst]
-            best[i] = max(cosines)
-        leaving = sorted(src, key=lambda i: -best[i][0])[:r]
-        members = {i: [i] for i in range(len(x)) if i not in leaving}
-        for i in leaving:
-            members[best[i][1]].append(i)
-        means = [sum(x[j] * sizes[j] for j in ms) / sum(sizes[j] for j in ms) for ms in members.values()]
-        if mode == "mlerp":
-            longest = [max(x[j].norm() for j in ms) for ms in members.values()]
-            means = [mean / mean.norm() * norm for mean, norm in zip(means, longest, strict=True)]
-        x = torch.stack(means)
-        groups = [[i for j in ms for i in groups[j]] for ms in members.values()]
+        x, groups = merge_by_loops(case, x, by, groups, sizes, r, mode)
+        if case.at_once:
+            sizes = torch.tensor([len(group) for group in groups], dtype=x.dtype)
+            x = x + case.first(block, x, partial(attend, sizes=sizes, groups=groups))
         x = x + case.second(block, x)
     out = torch.empty(sum(map(len, groups)), x.shape[-1], dtype=x.dtype)
     for row, group in zip(x, groups, strict=True):

@@ -65,9 +65,9 @@ class VisionFamily(Family):
                         f"{name} of {type(network).__name__} has no {part}, at which tomesd merges the "
                         f"tokens of {self.name}{self.too_old(module)}"
                     )
-            for path in dict.fromkeys((None, block.input, attn.path, block.middle)):
-                place = name if path is None else f"{name}.{path}"
-                other = used.setdefault(id(module.get_submodule(path or "")), place)
+            for path in dict.fromkeys(("", block.input, attn.path, block.middle or "")):
+                place = f"{name}.{path}" if path else name
+                other = used.setdefault(id(module.get_submodule(path)), place)
                 if other != place:
                     raise ValueError(
                         f"{other} and {place} of {type(network).__name__} are one and the same module, so it "
@@ -125,6 +125,10 @@ FAMILIES = [
             "Block": Block("norm1", TIMM, middle="norm2", end="drop_path2", tokens="x"),
             # Here the norms come after attention and mlp.
             "ResPostBlock": Block("attn", TIMM, middle="mlp", end="drop_path2", tokens="x"),
+            # One norm for attention and mlp, which run beside each other.
+            "ParallelScalingBlock": Block(
+                "", Part("", tokens="x", bias="attn_mask"), middle="", end="", tokens="x"
+            ),
         },
         package="timm",
         since="1.0.16",

@@ -76,6 +76,7 @@ class LayerHooks(Hooks):
         self.name = name = network.path(site)
         self.own = PerThread(LayerCall)
         self.block = block = site.block
+        self.attn = f"{name}.{block.attn.path}".removesuffix(".")
         part, keys = block.attn, patch.method.metric == "keys"
         assert block.middle is not None
         assert block.end is not None
@@ -92,12 +93,15 @@ class LayerHooks(Hooks):
         shows_keys = key_layer is not None and self.head_dim is not None
         if keys and not shows_keys and not isinstance(attn, nn.MultiheadAttention):
             raise ValueError(
-                f"the keys of {name}.{part.path} cannot be seen: {type(attn).__name__} has no "
+                f"the keys of {self.attn} cannot be seen: {type(attn).__name__} has no "
                 f'{part.key_layer or "layer of keys that is known"}, or no head_dim. Take metric="tokens"'
             )
         patch.sequence_first = getattr(attn, "batch_first", True) is False
+        at_once = block.middle == ""  # both halves run on the tokens that the block is given
         patch.before(site.module, self.enter)
         patch.before(first, self.begin)
+        if at_once:
+            patch.before(site.module, self.merge_at_once)
         patch.before(attn, self.enter_attention)
         patch.after(attn, self.leave_attention, first=True)
         # Around the last two an adapter would have all tokens beside merged ones.
@@ -105,8 +109,10 @@ class LayerHooks(Hooks):
         if keys and isinstance(key_layer, nn.Module):
             patch.after(key_layer, self.keep_keys)
             self.parts[f"{part.path}.{part.key_layer}"] = False
-        patch.before(middle, self.merge)
-        patch.after(end, self.unmerge)
+        self.parts.pop("", None)
+        if not at_once:
+            patch.before(middle, self.merge)
+            patch.after(end, self.unmerge)
         patch.after(site.module, self.leave, first=True)
 
     @where_filled
@@ -164,7 +170,7 @@ class LayerHooks(Hooks):
         x = self.attended.get(args, kwargs)
         if self._shape(x, self.block.attn.path) != own.shape:
             raise RuntimeError(
-                f"tomesd: {self.name}.{self.block.attn.path} was given {list(x.shape)} of the block's tokens "
+                f"tomesd: {self.attn} was given {list(x.shape)} of the block's tokens "
                 f"{list(own.shape)}: merged tokens fill no windows, and cannot attend for a part of the batch"
             )
         own.attended = True
@@ -231,19 +237,24 @@ class LayerHooks(Hooks):
             )
         own.halfway = True
         x = patch.turned(x)
-        free = x.shape[1] - patch.protected - patch.last
-        r = min(own.r if isinstance(own.r, int) else int(own.r * free), free // 2)
-        if r <= 0:
+        merged = self._merge(own, x)
+        if own.map is None:
             return None
-        metric = x.detach()[..., :CHANNELS] if own.metric is None else own.metric
-        partition = alternate(x.shape[1] - patch.last, patch.protected, x.device)
-        # In half precision many cosines near 1 are equal, and the accuracy of the model suffers.
-        with in_full_precision(x):
-            token_map = match_exact(metric.float(), partition, r)
-        size = None if own.size is None else own.size.expand(x.shape[0], -1)
-        merged = token_map.merge(x, patch.method.mode, size)
-        own.map, own.gain = token_map, merged - token_map.merge(x, "drop")
+        own.gain = merged - own.map.merge(x, "drop")
         return self.halfway.put(args, kwargs, patch.turned(merged))
+
+    @where_filled
+    def merge_at_once(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Merges what the block is given, and it runs on that as if the blocks before it had merged it."""
+        own, patch = self.own.get(), self.patch
+        own.halfway = True
+        merged = self._merge(own, patch.turned(self.tokens.get(args, kwargs)))
+        if own.map is None:
+            return None
+        own.before = own.map if own.before is None else own.before.compose(own.map)
+        own.size, own.map = own.before.sizes, None
+        own.shape = merged.shape[0], merged.shape[1]
+        return self.tokens.put(args, kwargs, patch.turned(merged))
 
     @where_filled
     def unmerge(self, part: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
@@ -281,6 +292,21 @@ class LayerHooks(Hooks):
             setattr(x, STATE, (None if after is None else (after.index, after.keep), own.inside))
         return x
 
+    def _merge(self, own: LayerCall, x: Tensor) -> Tensor:
+        """Merges tokens `[B, N, C]`; the map stays in `own`, or None if there is nothing to merge."""
+        patch = self.patch
+        free = x.shape[1] - patch.protected - patch.last
+        r = min(own.r if isinstance(own.r, int) else int(own.r * free), free // 2)
+        if r <= 0:
+            return x
+        metric = x.detach()[..., :CHANNELS] if own.metric is None else own.metric
+        partition = alternate(x.shape[1] - patch.last, patch.protected, x.device)
+        # In half precision many cosines near 1 are equal, and the accuracy of the model suffers.
+        with in_full_precision(x):
+            own.map = match_exact(metric.float(), partition, r)
+        size = None if own.size is None else own.size.expand(x.shape[0], -1)
+        return own.map.merge(x, patch.method.mode, size)
+
     @property
     def _needs_keys(self) -> bool:
         return self.own.get().r > 0 and self.patch.method.metric == "keys"
@@ -298,8 +324,7 @@ class LayerHooks(Hooks):
         if not self.patch.prop_attn:
             return None
         raise ValueError(
-            f"{self.name}.{part.path} takes no sizes of tokens: {why}{too_old}. It needs none with "
-            "prop_attn=False"
+            f"{self.attn} takes no sizes of tokens: {why}{too_old}. It needs none with prop_attn=False"
         )
 
     def _shape(self, x: Any, path: str) -> tuple[int, int]:
