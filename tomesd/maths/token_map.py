@@ -112,9 +112,11 @@ class TokenMap:
         return self._once("sizes", self._sizes)
 
     def _sizes(self) -> Tensor:
+        if torch.jit.is_tracing():  # what can be exported to ONNX
+            return torch.zeros_like(self.keep).scatter_add(1, self.index, torch.ones_like(self.index))
         if not has_bags(self.index.device):
             ones = torch.ones(self.rows.shape, device=self.index.device)
-            counts = _add_rows(ones.new_zeros(self.keep.numel()), self.rows, ones)
+            counts = ones.new_zeros(self.keep.numel()).index_add(0, self.rows, ones)
             return counts.to(torch.int64).view_as(self.keep)
         _, ends = self._bags()
         return (ends[1:] - ends[:-1]).view_as(self.keep)
@@ -287,9 +289,9 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _add_rows(to: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """`to.index_add(0, index, rows)`, of one or two dimensions."""
+    """`to.index_add(0, index, rows)`, of two dimensions."""
     if torch.jit.is_tracing():  # index_add comes out wrong in ONNX where rows meet
-        return to.scatter_add(0, index.view(-1, *[1] * (rows.dim() - 1)).expand_as(rows), rows)
+        return to.scatter_add(0, index[:, None].expand_as(rows), rows)
     return to.index_add(0, index, rows)
 
 
