@@ -61,6 +61,7 @@ setup(
             "mypy",
             # for scripts/
             *("fonttools", "onnx"),
+            *("onnxruntime", "open_clip_torch"),
             # what CompVis' ldm imports; the tests run against it
             "einops",
             "omegaconf",

@@ -1,9 +1,7 @@
 """What each process of the test of data-parallel training does; new processes import this module alone."""
 
-import os
 
-
-def train(rank: int, port: int, folder: str, schedule: list[int]) -> None:
+def train(rank: int, folder: str, schedule: list[int]) -> None:
     from tomesd.commands import mend_torchvision
 
     mend_torchvision()
@@ -13,9 +11,9 @@ def train(rank: int, port: int, folder: str, schedule: list[int]) -> None:
 
     import tomesd.vit as tome
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    # By a file: a port that is free now may be another test's in a moment.
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = tome.apply_patch(tiny_vit.CASES["timm ViT"].build().train())
     model.r = schedule
     wrapped = torch.nn.parallel.DistributedDataParallel(model)

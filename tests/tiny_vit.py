@@ -10,8 +10,9 @@ import timm
 import torch
 import torchvision
 import transformers
+from open_clip.transformer import VisionTransformer as OpenClip
 from timm.models.eva import Eva
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
@@ -62,6 +63,11 @@ class Case:
     project: str
     rope: Callable[[Tensor, Any], Tensor] | None = None
     options: Callable[[int], dict[str, Any]] = lambda batch: {}
+    at_once: bool = False  # whether its halves run beside each other, on tokens that merge before
+    suffix: int = 0  # how many tokens come after the patches
+    sizes: bool = True  # whether its attention takes sizes
+    keys: bool = True  # whether its keys can be seen
+    inputs: Callable[[int], Tensor] = lambda batch: images(batch)
 
     def __call__(self, model: nn.Module, b: int = 2) -> Tensor:
         """The model's output for fixed random images."""
@@ -69,11 +75,16 @@ class Case:
 
     def run(self, model: nn.Module, batch: int = 2, **options: Any) -> Any:
         dtype = next(model.parameters()).dtype
-        return model(images(batch).to(dtype), **self.options(batch), **options)
+        return model(self.inputs(batch).to(dtype), **self.options(batch), **options)
 
 
 def images(batch: int = 2, side: int = SIDE) -> Tensor:
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def frames(batch: int = 2) -> Tensor:
+    """Two pictures a sample, as a video."""
+    return images(2 * batch).unflatten(0, (batch, 2))
 
 
 def logits(output: Any) -> Tensor:
@@ -120,6 +131,37 @@ def _timm_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _mha_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     qkv = nn.functional.linear(x, attn.in_proj_weight, attn.in_proj_bias)
     return tuple(_heads(each, attn.num_heads) for each in qkv.chunk(3, dim=-1))
+
+
+def _parallel_qkv(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (_heads(each, block.num_heads) for each in block.in_proj(x)[:, -72:].chunk(3, dim=-1))
+    return block.q_norm(q), block.k_norm(k), v
+
+
+def _beside(block: Any, x: Tensor, attend: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    x = block.in_norm(x)
+    hidden = block.in_proj(x)[:, :-72]
+    if block.mlp_bias is not None:
+        hidden = hidden + block.mlp_bias
+    return block.ls(attend(block, x) + block.mlp_out_proj(block.mlp_act(hidden)))
+
+
+def _fused_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(_heads(each, attn.num_heads) for each in attn.qkv(x).chunk(3, dim=-1))
+
+
+def _bert_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(_heads(each(x), attn.num_attention_heads) for each in (attn.query, attn.key, attn.value))
+
+
+def _open_clip_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _mha_qkv(attn, x)
+    return attn.ln_q(q), attn.ln_k(k), v
+
+
+def _internvl_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    parts = attn.q_norm(attn.q_proj(x)), attn.k_norm(attn.k_proj(x)), attn.v_proj(x)
+    return tuple(_heads(each, attn.num_heads) for each in parts)
 
 
 def _hf_qkv(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,6 +232,45 @@ HF_CLIP = dict(
 )
 
 
+HF_BLIP = dict(
+    first=lambda b, x, attend: attend(b.self_attn, b.layer_norm1(x)),
+    second=lambda b, x: b.mlp(b.layer_norm2(x)),
+    qkv=_fused_qkv,
+    project="projection",
+    sizes=False,
+    keys=False,
+)
+HF_INTERNVL = dict(
+    first=lambda b, x, attend: b.lambda_1 * attend(b.attention, b.layernorm_before(x)),
+    second=lambda b, x: b.lambda_2 * b.mlp(b.layernorm_after(x)),
+    qkv=_internvl_qkv,
+    project="projection_layer",
+)
+HF_VIDEO_MAE = dict(
+    blocks=lambda m: list(m.encoder.layer),
+    first=lambda b, x, attend: b.attention.output.dense(attend(b.attention.attention, b.layernorm_before(x))),
+    second=lambda b, x: b.output.dense(b.intermediate(b.layernorm_after(x))),
+    qkv=_bert_qkv,
+    project="",  # comes after it, in the block
+    sizes=False,
+    keys=False,
+)
+OPEN_CLIP = dict(
+    blocks=lambda m: list(m.transformer.resblocks),
+    first=lambda b, x, attend: b.ls_1(attend(b.attn, b.ln_1(x))),
+    second=lambda b, x: b.ls_2(b.mlp(b.ln_2(x))),
+    qkv=_mha_qkv,
+    project="out_proj",
+    prefix=1,
+)
+DINO_HUB = dict(BLOCK, sizes=False, keys=False, qkv=_fused_qkv, prefix=1)
+
+
+def _open_clip(**options: Any) -> Callable[[], nn.Module]:
+    sizes = dict(image_size=SIDE, patch_size=4, width=24, layers=DEPTH, heads=3, mlp_ratio=2, output_dim=10)
+    return lambda: randomised(OpenClip(**{**sizes, **options}))
+
+
 def _torchvision() -> nn.Module:
     return randomised(
         torchvision.models.VisionTransformer(
@@ -204,6 +285,103 @@ def _torchvision() -> nn.Module:
     )
 
 
+class DinoAttention(nn.Module):
+    """As that of DINOv2 and DINOv3, whose code is no package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 3, nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor, attn_bias: Tensor | None = None, rope: Any = None) -> Tensor:
+        assert attn_bias is None
+        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+        if rope is not None:
+            sin, cos = rope
+            first = x.shape[1] - sin.shape[-2]
+            q, k = (torch.cat([y[:, :, :first], _half_rope(y[:, :, first:], (cos, sin))], 2) for y in (q, k))
+        x = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class SelfAttentionBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.ls1 = nn.LayerNorm(24), DinoAttention(), nn.Linear(24, 24)
+        self.norm2, self.ls2 = nn.LayerNorm(24), nn.Linear(24, 24)
+        self.mlp = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+
+    def forward(self, x_or_x_list: Any, rope_or_rope_list: Any = None) -> Tensor:
+        x = x_or_x_list
+        x = x + self.ls1(self.attn(self.norm1(x), rope=rope_or_rope_list))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class Block(SelfAttentionBlock):
+    """That of DINOv2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class DinoVisionTransformer(nn.Module):
+    def __init__(self, depth: int, rope: bool = False, **_: Any) -> None:
+        super().__init__()
+        self.num_register_tokens = 0
+        self.stem, self.cls_token = nn.Conv2d(3, 24, 4, 4), nn.Parameter(torch.zeros(1, 1, 24))
+        self.blocks = nn.ModuleList((SelfAttentionBlock if rope else Block)() for _ in range(depth))
+        self.head = nn.Linear(24, 10)
+        self.rope = rope
+        self.checkpointing = False
+
+    def set_grad_checkpointing(self, on: bool) -> None:
+        self.checkpointing = on
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).mT
+        args = ()
+        if self.rope:
+            angles = torch.arange(x.shape[1] * 8.0, dtype=x.dtype).view(-1, 8) / 50
+            args = ((angles.sin(), angles.cos()),)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            if self.checkpointing:
+                x = torch.utils.checkpoint.checkpoint(block, x, *args, use_reentrant=False)
+            else:
+                x = block(x, *args)
+        return self.head(x[:, 0])
+
+
+class ResidualAttentionBlock(nn.Module):
+    """That of OpenAI's CLIP, whose code is no package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.ln_1, self.ln_2 = nn.MultiheadAttention(24, 3), nn.LayerNorm(24), nn.LayerNorm(24)
+        self.mlp = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+        self.ls_1 = self.ls_2 = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.ln_1(x)
+        x = x + self.attn(h, h, h, need_weights=False, attn_mask=None)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+def OpenAiClip(**_: Any) -> nn.Module:
+    class VisionTransformer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.class_embedding = nn.Conv2d(3, 24, 4, 4), nn.Parameter(torch.zeros(24))
+            self.transformer = nn.Module()
+            self.transformer.resblocks = nn.Sequential(*(ResidualAttentionBlock() for _ in range(DEPTH)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv1(x).flatten(2).mT
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1).transpose(0, 1)
+            return self.transformer.resblocks(x)[0]
+
+    return VisionTransformer()
+
+
 CASES = {
     "timm ViT": Case(_timm(VisionTransformer), prefix=1, **BLOCK),
     "timm DeiT distilled": Case(
@@ -214,6 +392,17 @@ CASES = {
     ),
     "timm qk-norm, average pooling": Case(
         _timm(VisionTransformer, qk_norm=True, global_pool="avg", drop_path_rate=0.1), prefix=1, **BLOCK
+    ),
+    "timm parallel": Case(
+        _timm(VisionTransformer, block_fn=ParallelScalingBlock, qk_norm=True),
+        blocks=lambda m: list(m.blocks),
+        prefix=1,
+        first=_beside,
+        second=lambda b, x: 0,
+        qkv=_parallel_qkv,
+        project="attn_out_proj",
+        keys=False,
+        at_once=True,
     ),
     "timm SigLIP": Case(_timm(VisionTransformer, class_token=False, global_pool="map"), prefix=0, **BLOCK),
     "timm post-norm": Case(_timm(VisionTransformer, block_fn=ResPostBlock), prefix=1, **RES_POST),
@@ -276,6 +465,66 @@ CASES = {
     ),
     "transformers SigLIP": Case(
         _hf(T.SiglipVisionModel, T.SiglipVisionConfig), lambda m: list(m.encoder.layers), 0, **HF_CLIP
+    ),
+    "transformers BLIP": Case(
+        _hf(T.BlipVisionModel, T.BlipVisionConfig), lambda m: list(m.encoder.layers), 1, **HF_BLIP
+    ),
+    "transformers InternVL": Case(
+        _hf(
+            T.InternVLVisionModel,
+            T.InternVLVisionConfig,
+            image_size=[SIDE, SIDE],
+            patch_size=[4, 4],
+            use_qk_norm=True,
+        ),
+        lambda m: list(m.encoder.layer),
+        1,
+        **HF_INTERNVL,
+    ),
+    "transformers YOLOS": Case(
+        _hf(
+            T.YolosModel,
+            T.YolosConfig,
+            image_size=[SIDE, SIDE],
+            num_detection_tokens=3,
+            use_mid_position_embeddings=False,
+        ),
+        prefix=1,
+        suffix=3,
+        **HF_VIDEO_MAE,
+    ),
+    "open_clip": Case(_open_clip(ls_init_value=1.0), **OPEN_CLIP),
+    "DINO of torch.hub": Case(_timm(DinoVisionTransformer), **DINO_HUB),
+}
+# Families whose blocks are as those of one above.
+ALIKE = {
+    "open_clip, custom": Case(
+        _open_clip(qk_norm=True), **{**OPEN_CLIP, "qkv": _open_clip_qkv, "keys": False}
+    ),
+    "OpenAI CLIP": Case(_timm(OpenAiClip), **OPEN_CLIP),
+    "DINOv3 of torch.hub": Case(
+        _timm(DinoVisionTransformer, rope=True), **DINO_HUB, rope=lambda x, rope: _half_rope(x, rope[::-1])
+    ),
+    "transformers BLIP-2": Case(
+        _hf(T.Blip2VisionModel, T.Blip2VisionConfig), lambda m: list(m.encoder.layers), 1, **HF_BLIP
+    ),
+    "transformers MetaCLIP 2": Case(
+        _hf(T.MetaClip2VisionModel, T.MetaClip2VisionConfig), lambda m: list(m.encoder.layers), 1, **HF_CLIP
+    ),
+    "transformers ViT-MSN": Case(_hf(T.ViTMSNModel, T.ViTMSNConfig), lambda m: list(m.layers), 1, **HF_VIT),
+    "transformers I-JEPA": Case(_hf(T.IJepaModel, T.IJepaConfig), lambda m: list(m.layers), 0, **HF_VIT),
+    "transformers ViViT": Case(
+        _hf(T.VivitModel, T.VivitConfig, num_frames=2, tubelet_size=[1, 4, 4]),
+        lambda m: list(m.layers),
+        1,
+        **HF_VIT,
+        inputs=frames,
+    ),
+    "transformers VideoMAE": Case(
+        _hf(T.VideoMAEModel, T.VideoMAEConfig, num_frames=2, tubelet_size=1),
+        prefix=0,
+        **HF_VIDEO_MAE,
+        inputs=frames,
     ),
 }
 if TorchVersion(transformers.__version__) < "5.18":  # before, its blocks were of other layouts

@@ -103,6 +103,12 @@ def fits(case: tiny.Case, method: tomesd.Method) -> bool:
     return (case.bias or not weighs) and (case.keys or not other_keys)
 
 
+def layers_of(case: tiny_vit.Case) -> dict[str, dict[str, Any]]:
+    """The ways to patch a vision transformer."""
+    as_tome = {"mode": "mean", "metric": "keys" if case.keys else "tokens"}
+    return {**LAYERS, "as ToMe": as_tome} if case.sizes else {"layers": {}, "as ToMe": as_tome}
+
+
 def checkpoint_vit(model: nn.Module, on: bool) -> None:
     if hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(on)
@@ -131,7 +137,7 @@ def subjects() -> Iterator[Subject]:
             name,
             vit.build,
             vit,
-            LAYERS,
+            layers_of(vit),
             patch_vit,
             tome.remove_patch,
             lambda model, vit=vit: next(vit.blocks(model)[2].children()),

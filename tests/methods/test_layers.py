@@ -1,5 +1,7 @@
 """Merging in vision transformers is ToMe, layer by layer."""
 
+from functools import partial
+
 import pytest
 import tiny_vit
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 import tomesd.vit as tome
 from tomesd.methods import layers
 
-CASES = tiny_vit.CASES
+CASES = {**tiny_vit.CASES, **tiny_vit.ALIKE}
 SCHEDULE = [7, 0, 9, 40]
 
 
@@ -30,6 +32,25 @@ def call_of(case, model):
     for handle in handles:
         handle.remove()
     return seen
+
+
+def merge_by_loops(case, x, by, groups, sizes, r, mode):
+    """The tokens after one step of merging, and the original tokens in each."""
+    free = range(case.prefix, len(x) - case.suffix)
+    src, dst = [i for i in free if i % 2 == 0], [i for i in free if i % 2 == 1]
+    best = {}
+    for i in src:
+        cosines = [(F.cosine_similarity(by[i], by[j], dim=0).item(), j) for j in dst]
+        best[i] = max(cosines)
+    leaving = sorted(src, key=lambda i: -best[i][0])[:r]
+    members = {i: [i] for i in range(len(x)) if i not in leaving}
+    for i in leaving:
+        members[best[i][1]].append(i)
+    means = [sum(x[j] * sizes[j] for j in ms) / sum(sizes[j] for j in ms) for ms in members.values()]
+    if mode == "mlerp":
+        longest = [max(x[j].norm() for j in ms) for ms in members.values()]
+        means = [mean / mean.norm() * norm for mean, norm in zip(means, longest, strict=True)]
+    return torch.stack(means), [[i for j in ms for i in groups[j]] for ms in members.values()]
 
 
 def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn, metric, mode):
@@ -54,26 +75,17 @@ def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn, metric, mode):
                 weights = weights * sizes
             out = weights / weights.sum(-1, keepdim=True) @ v
             out = out.transpose(0, 1).flatten(1)
-            return getattr(attn, case.project)(getattr(attn, "norm", torch.nn.Identity())(out))
+            return getattr(attn, case.project, torch.nn.Identity())(
+                getattr(attn, "norm", torch.nn.Identity())(out)
+            )
 
-        x = x + case.first(block, x, attend)
+        if not case.at_once:
+            x = x + case.first(block, x, attend)
         by = keys[0] if metric == "keys" else x[:, :16]
-        free = range(case.prefix, len(x))
-        src, dst = [i for i in free if i % 2 == 0], [i for i in free if i % 2 == 1]
-        best = {}
-        for i in src:
-            cosines = [(F.cosine_similarity(by[i], by[j], dim=0).item(), j) for j in dst]
-            best[i] = max(cosines)
-        leaving = sorted(src, key=lambda i: -best[i][0])[:r]
-        members = {i: [i] for i in range(len(x)) if i not in leaving}
-        for i in leaving:
-            members[best[i][1]].append(i)
-        means = [sum(x[j] * sizes[j] for j in ms) / sum(sizes[j] for j in ms) for ms in members.values()]
-        if mode == "mlerp":
-            longest = [max(x[j].norm() for j in ms) for ms in members.values()]
-            means = [mean / mean.norm() * norm for mean, norm in zip(means, longest, strict=True)]
-        x = torch.stack(means)
-        groups = [[i for j in ms for i in groups[j]] for ms in members.values()]
+        x, groups = merge_by_loops(case, x, by, groups, sizes, r, mode)
+        if case.at_once:
+            sizes = torch.tensor([len(group) for group in groups], dtype=x.dtype)
+            x = x + case.first(block, x, partial(attend, sizes=sizes, groups=groups))
         x = x + case.second(block, x)
     out = torch.empty(sum(map(len, groups)), x.shape[-1], dtype=x.dtype)
     for row, group in zip(x, groups, strict=True):
@@ -88,6 +100,10 @@ def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn, metric, mode):
 def test_merging_is_tome_in_plain_loops(case, prop_attn, metric, mode, monkeypatch):
     monkeypatch.setattr(layers, "CHANNELS", 16)
     case, model = case
+    if (prop_attn and not case.sizes) or (metric == "keys" and not case.keys):
+        with pytest.raises(ValueError, match=r"takes no sizes of tokens|cannot be seen"):
+            tome.apply_patch(model, prop_attn=prop_attn, metric=metric)
+        prop_attn, metric = prop_attn and case.sizes, "tokens"
     model = model.double()
     blocks = case.blocks(model)
     plain = call_of(case, model)
@@ -97,9 +113,14 @@ def test_merging_is_tome_in_plain_loops(case, prop_attn, metric, mode, monkeypat
     if isinstance(rope, torch.Tensor) and rope.dim() == 3:  # of mixed depth: each block has its own
         ropes = list(model.rope.get_embed(model.patch_embed.grid_size))
     x = plain["args"][0] if plain["args"] else kwargs["hidden_states"]
+    if len(plain["args"]) == 2:  # DINOv3 of torch.hub
+        ropes = [plain["args"][1]] * len(blocks)
+    first = x.shape[0] != 2  # OpenAI's CLIP has its tokens first
+    x = x.transpose(0, 1) if first else x
     with torch.no_grad():
         options = (prop_attn, metric, mode)
         want = [merged_by_loops(case, blocks, each, ropes, SCHEDULE, *options) for each in x]
     tome.apply_patch(model, prop_attn=prop_attn, metric=metric, mode=mode)
     model.r = SCHEDULE
-    torch.testing.assert_close(call_of(case, model)["out"], torch.stack(want), rtol=1e-5, atol=1e-6)
+    got = call_of(case, model)["out"]
+    torch.testing.assert_close(got.transpose(0, 1) if first else got, torch.stack(want), rtol=1e-5, atol=1e-6)

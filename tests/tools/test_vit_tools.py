@@ -18,6 +18,9 @@ from tomesd import TokenMap
         ((8, -0.5), [12, 9, 6, 4]),
         ([5, 3], [5, 3, 0, 0]),
         ([], [0, 0, 0, 0]),
+        (0.1, [0.1, 0.1, 0.1, 0.1]),
+        ((0.25, -1.0), [0.5, pytest.approx(1 / 3), pytest.approx(1 / 6), 0.0]),
+        ([0.5, 0.25], [0.5, 0.25, 0, 0]),
     ],
 )
 def test_schedules(r, want):
@@ -29,7 +32,8 @@ def test_a_schedule_of_one_layer():
 
 
 @pytest.mark.parametrize(
-    "r", [(True, 0.5), (8, True), [True], "8", 8.0, None, (8, "a"), (8, 1, 2), [8, 0.5], True]
+    "r",
+    [(True, 0.5), (8, True), [True], "8", 8.0, None, (8, "a"), (8, 1, 2), [8, 0.5], True, 1.0, (1.5, 0.0)],
 )
 def test_a_schedule_of_another_kind_is_an_error(r):
     with pytest.raises(TypeError, match="r must be an integer"):
@@ -43,6 +47,8 @@ def test_a_schedule_out_of_range_is_an_error():
         tome.parse_r(4, [1] * 5)
     with pytest.raises(ValueError, match="negative"):
         tome.parse_r(4, [1, -1])
+    with pytest.raises(ValueError, match=r"negative, got -0\.1"):
+        tome.parse_r(4, -0.1)
 
 
 def test_a_picture_of_groups_has_their_mean_colours():

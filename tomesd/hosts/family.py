@@ -48,7 +48,9 @@ class Block:
     attn: Part
     cross: Part | None = None
     mlp: Part | None = None
-    middle: str | None = None  # the module that is given the tokens after attention, where ViTs merge
+    # The module that is given the tokens after attention, where ViTs merge. "", as all paths then, where
+    # attention and the rest run beside each other in the block itself: what that is given merges.
+    middle: str | None = None
     end: str | None = None  # the last module that sees what the second half adds to the tokens
     tokens: str = "hidden_states"  # the parameter of the block's own forward that is the tokens
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 from torch import nn
+from torch.torch_version import TorchVersion as Version
 
 from .family import Block, Family, Network, Part, Site, find, is_named, known, submodule
 
@@ -19,11 +21,16 @@ class VisionFamily(Family):
     package: str = "transformers"  # the function of `tomesd.vit.patch` that patches it
     path: str = "encoder.layers"  # the list of its blocks
     prefix: Callable[[Any], int] = lambda network: 1  # how many tokens before the patches never merge
+    suffix: Callable[[Any], int] = lambda network: 0  # how many after the patches
     prop_attn: bool = True  # whether a merged token counts as many times as it has tokens, by default
+    distilled: Callable[[Any], bool] = lambda network: False  # whether one of those is a distillation token
+    since: str = ""  # the first version of the package whose classes are as this row says
 
     def __post_init__(self) -> None:
         for name, block in self.blocks.items():
-            needed = {"middle": block.middle, "end": block.end, "attn's bias": block.attn.bias}
+            needed = {"middle": block.middle, "end": block.end}
+            if self.prop_attn:
+                needed["attn's bias (or prop_attn=False)"] = block.attn.bias
             lacks = [part for part, given in needed.items() if given is None]
             if lacks:
                 raise ValueError(f"the row of {name} in {self.name} lacks {', '.join(lacks)}")
@@ -31,29 +38,50 @@ class VisionFamily(Family):
     def fits(self, module: nn.Module) -> bool:
         return super().fits(module) and submodule(module, self.path) is not None
 
+    def too_old(self, module: nn.Module) -> str:
+        """What to say of a module that is not as this row says, if its package is too old for that."""
+        package = type(module).__module__.split(".")[0]
+        installed = getattr(sys.modules.get(package), "__version__", "")
+        if package != self.package or not self.since or Version(installed) >= Version(self.since):
+            return ""
+        return f" (tomesd needs {self.package} >= {self.since} for it, installed is {installed})"
+
     def sites(self, network: nn.Module) -> Iterator[Site]:
         container = network.get_submodule(self.path)
-        for child, module in container.named_children():
-            block = self.block(module)
+        used: dict[int, str] = {}
+        # Not named_children: that leaves out what is there twice.
+        for child, module in container._modules.items():
+            block = None if module is None else self.block(module)
             name = f"{self.path}.{child}"
-            if block is None:
+            if module is None or block is None:
                 raise ValueError(
                     f"{name} of {type(network).__name__} is a {type(module).__name__}; of {self.name} tomesd "
                     f"knows {', '.join(self.blocks)}"
                 )
             attn = block.attn
-            keys = () if attn.key_layer is None else (f"{attn.path}.{attn.key_layer}",)
-            for part in (block.input, attn.path, block.middle, block.end, *keys):
+            for part in (block.input, attn.path, block.middle, block.end):
                 if part is not None and submodule(module, part) is None:
                     raise ValueError(
                         f"{name} of {type(network).__name__} has no {part}, at which tomesd merges the "
-                        f"tokens of {self.name}"
+                        f"tokens of {self.name}{self.too_old(module)}"
+                    )
+            for path in dict.fromkeys(("", block.input, attn.path, block.middle or "")):
+                place = f"{name}.{path}" if path else name
+                other = used.setdefault(id(module.get_submodule(path)), place)
+                if other != place:
+                    raise ValueError(
+                        f"{other} and {place} of {type(network).__name__} are one and the same module, so it "
+                        "cannot be told where in the network it is called: give each place one of its own"
                     )
             yield Site(name, module, block, container)
 
 
 def _class_and_registers(network: Any) -> int:
     return 1 + getattr(network.config, "num_register_tokens", 0)
+
+
+def _class_and_storage(network: Any) -> int:
+    return 1 + getattr(network, "n_storage_tokens", getattr(network, "num_register_tokens", 0))
 
 
 TIMM = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask")
@@ -67,8 +95,29 @@ DINO = Block("norm1", ATTENTION, middle="norm2", end="drop_path")
 DINOV3 = Block("norm1", WITH_ROPE, middle="norm2", end="drop_path")
 OF_TIMM = attrgetter("num_prefix_tokens")
 CLIP = Block("layer_norm1", CLIP_ATTENTION, middle="layer_norm2", end="mlp")
+# No attention mask: merged tokens cannot be weighed.
+BLIP = Block("layer_norm1", Part("self_attn"), middle="layer_norm2", end="mlp")
+INTERNVL = Part("attention", key_layer="k_norm", bias="attention_mask")
+# Their `output` adds to what it makes.
+VIDEO_MAE = Block(
+    "layernorm_before", Part("attention.attention"), middle="layernorm_after", end="output.dropout"
+)
+DINO_HUB = Block("norm1", Part("attn", tokens="x"), middle="norm2", end="ls2", tokens="x")
+DINOV3_HUB = Block(
+    "norm1", Part("attn", tokens="x", rope="rope"), middle="norm2", end="ls2", tokens="x_or_x_list"
+)
+OPEN_CLIP = Block(
+    "ln_1",
+    Part("attn", tokens="query", bias="key_padding_mask"),
+    middle="ln_2",
+    end="mlp",
+    tokens="q_x",
+)
+OPEN_CLIP_CUSTOM = Block(
+    "ln_1", Part("attn", tokens="x", bias="attn_mask"), middle="ln_2", end="mlp", tokens="x"
+)
 
-FAMILIES = (
+FAMILIES = [
     VisionFamily(
         "timm VisionTransformer",
         ("VisionTransformer",),
@@ -76,10 +125,16 @@ FAMILIES = (
             "Block": Block("norm1", TIMM, middle="norm2", end="drop_path2", tokens="x"),
             # Here the norms come after attention and mlp.
             "ResPostBlock": Block("attn", TIMM, middle="mlp", end="drop_path2", tokens="x"),
+            # One norm for attention and mlp, which run beside each other.
+            "ParallelScalingBlock": Block(
+                "", Part("", tokens="x", bias="attn_mask"), middle="", end="", tokens="x"
+            ),
         },
         package="timm",
+        since="1.0.16",
         path="blocks",
         prefix=OF_TIMM,
+        distilled=lambda network: getattr(network, "dist_token", None) is not None,
     ),
     VisionFamily(
         "timm Eva (EVA02, DINOv3)",
@@ -89,6 +144,7 @@ FAMILIES = (
             "EvaBlockPostNorm": Block("attn", EVA, middle="mlp", end="drop_path2", tokens="x"),
         },
         package="timm",
+        since="1.0.16",
         path="blocks",
         prefix=OF_TIMM,
     ),
@@ -100,12 +156,23 @@ FAMILIES = (
         # SWAG's may pool all tokens instead of having a class token; torchvision's always has one.
         prefix=lambda network: int(getattr(network, "classifier", "token") == "token"),
     ),
-    VisionFamily("transformers ViT", ("ViTModel",), {"ViTLayer": VIT}, path="layers"),
+    VisionFamily("transformers ViT", ("ViTModel",), {"ViTLayer": VIT}, path="layers", since="5.9"),
     VisionFamily(
-        "transformers DeiT", ("DeiTModel",), {"DeiTLayer": VIT}, path="layers", prefix=lambda network: 2
+        "transformers DeiT",
+        ("DeiTModel",),
+        {"DeiTLayer": VIT},
+        path="layers",
+        prefix=lambda network: 2,
+        distilled=lambda network: True,
+        since="5.9",
     ),
     VisionFamily(
-        "transformers ViTMAE", ("ViTMAEModel",), {"ViTMAELayer": VIT}, path="layers", prop_attn=False
+        "transformers ViTMAE",
+        ("ViTMAEModel",),
+        {"ViTMAELayer": VIT},
+        path="layers",
+        prop_attn=False,
+        since="5.9",
     ),
     VisionFamily(
         "transformers DINOv2",
@@ -113,6 +180,7 @@ FAMILIES = (
         {"Dinov2Layer": DINO, "Dinov2WithRegistersLayer": DINO},
         path="encoder.layer",
         prefix=_class_and_registers,
+        since="5.18",
     ),
     VisionFamily(
         "transformers DINOv3",
@@ -120,15 +188,80 @@ FAMILIES = (
         {"DINOv3ViTLayer": DINOV3},
         path="model.layer",
         prefix=_class_and_registers,
+        since="5.4",
     ),
-    VisionFamily("transformers CLIP vision", ("CLIPVisionModel",), {"CLIPEncoderLayer": CLIP}),
+    VisionFamily(
+        "transformers CLIP vision",
+        # The second one held the layers up to transformers 5.5.
+        ("CLIPVisionModel", "CLIPVisionTransformer"),
+        {"CLIPEncoderLayer": CLIP},
+    ),
     VisionFamily(
         "transformers SigLIP vision",
-        ("SiglipVisionModel",),
+        ("SiglipVisionModel", "SiglipVisionTransformer"),
         {"SiglipEncoderLayer": CLIP},
         prefix=lambda network: 0,
     ),
-)
+    VisionFamily(
+        "transformers MetaCLIP 2 vision",
+        ("MetaClip2VisionModel", "MetaClip2VisionTransformer"),
+        {"MetaClip2EncoderLayer": CLIP},
+    ),
+    VisionFamily("transformers ViT-MSN", ("ViTMSNModel",), {"ViTMSNLayer": VIT}, path="layers", since="5.9"),
+    VisionFamily(
+        "transformers I-JEPA",
+        ("IJepaModel",),
+        {"IJepaLayer": VIT},
+        path="layers",
+        prefix=lambda network: 0,
+        since="5.9",
+    ),
+    VisionFamily("transformers ViViT", ("VivitModel",), {"VivitLayer": VIT}, path="layers", since="5.9"),
+    VisionFamily(
+        "transformers VideoMAE",
+        ("VideoMAEModel",),
+        {"VideoMAELayer": VIDEO_MAE},
+        path="encoder.layer",
+        prefix=lambda network: 0,
+        prop_attn=False,
+    ),
+    VisionFamily(
+        "transformers YOLOS",
+        ("YolosModel",),
+        {"YolosLayer": VIDEO_MAE},
+        path="encoder.layer",
+        suffix=lambda network: int(network.config.num_detection_tokens),
+        prop_attn=False,
+    ),
+    VisionFamily(
+        "transformers BLIP vision",
+        ("BlipVisionModel", "Blip2VisionModel"),
+        {"BlipEncoderLayer": BLIP, "Blip2EncoderLayer": BLIP},
+        prop_attn=False,
+    ),
+    VisionFamily(
+        "transformers InternVL vision",
+        ("InternVLVisionModel",),
+        {"InternVLVisionLayer": Block("layernorm_before", INTERNVL, middle="layernorm_after", end="dropout")},
+        path="encoder.layer",
+    ),
+    VisionFamily(
+        "open_clip or OpenAI CLIP vision",
+        ("VisionTransformer",),
+        {"ResidualAttentionBlock": OPEN_CLIP, "CustomResidualAttentionBlock": OPEN_CLIP_CUSTOM},
+        package="open_clip",
+        path="transformer.resblocks",
+    ),
+    VisionFamily(
+        "DINOv2 or DINOv3 of torch.hub",
+        ("DinoVisionTransformer",),
+        {"Block": DINO_HUB, "SelfAttentionBlock": DINOV3_HUB},
+        package="dinov2",
+        path="blocks",
+        prefix=_class_and_storage,
+        prop_attn=False,
+    ),
+]
 
 RELATIVE = "its attention has a bias for each pair of positions, and a merged token has no single position"
 WINDOWED = "its attention runs in windows of the whole grid, and merged tokens fill none"
@@ -143,6 +276,66 @@ REFUSED: dict[tuple[str, ...], str] = {
 }
 
 
+def register(family: VisionFamily) -> VisionFamily:
+    """Makes a family of vision transformers known to `apply_patch`, before those that are known already.
+
+        tome.register(
+            tome.VisionFamily(
+                "Acme ViT",
+                ("AcmeViT",),  # classes of the network, by name; subclasses count
+                {
+                    "AcmeLayer": tome.Block(  # x = x + attention(norm(x)); x = x + feed(norm_2(x))
+                        "norm",
+                        tome.Part("attention", tokens="x", bias="bias"),
+                        middle="norm_2",  # is given the tokens after attention: here they merge
+                        end="feed",  # the last module that sees what the second half adds
+                        tokens="x",
+                    )
+                },
+                path="layers",  # the list of its blocks
+                prefix=lambda network: 1,  # how many tokens before the patches never merge
+            )
+        )
+
+    A bias of keys is given as `[B, 1, 1, N]`; leave it out, with `prop_attn=False`, where attention takes
+    none. What a row says of modules is checked when a model is patched: an error then names what is missing.
+
+    Returns:
+        The same family.
+
+    Raises:
+        TypeError: it is no VisionFamily, or a field is of the wrong type.
+        ValueError: its name or the list of its classes is empty, a block lacks a part, or another family has
+            its name.
+    """
+    if not isinstance(family, VisionFamily):
+        raise TypeError(f"expected a VisionFamily, got {type(family).__name__}")
+    _check_type("name", family.name, str, "a string")
+    _check_type("path", family.path, str, "a string")
+    _check_type("package", family.package, str, "a string")
+    _check_type("networks", family.networks, tuple, "a tuple of names of classes")
+    _check_type("blocks", family.blocks, dict, "a dict of Blocks by names of classes")
+    for name in (*family.networks, *family.blocks):
+        _check_type("the name of a class", name, str, "a string")
+    for name, block in family.blocks.items():
+        _check_type(f"blocks[{name!r}]", block, Block, "a Block")
+        _check_type(f"attn of {name}", block.attn, Part, "a Part")
+    for name in ("prefix", "suffix", "distilled"):
+        if not callable(getattr(family, name)):
+            raise TypeError(f"{name} must be a function of the network, got {getattr(family, name)!r}")
+    if not (family.name and family.path and family.networks and family.blocks):
+        raise ValueError(f"a family needs a name, networks, blocks and a path, got {family}")
+    if any(row.name == family.name for row in FAMILIES):
+        raise ValueError(f"there is a family {family.name!r} already")
+    FAMILIES.insert(0, family)
+    return family
+
+
+def _check_type(name: str, value: object, kind: type, words: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {words}, got {value!r}")
+
+
 def find_networks(model: object, package: str | None = None) -> list[Network[VisionFamily]]:
     """Every vision transformer of a known family in a module.
 
@@ -153,24 +346,44 @@ def find_networks(model: object, package: str | None = None) -> list[Network[Vis
         TypeError: the model is no module.
         ValueError: it holds no vision transformer of a known family, or one that cannot be merged.
     """
-    if not isinstance(model, nn.Module):
-        kind = (
-            f"the class {model.__name__}: make one first" if isinstance(model, type) else type(model).__name__
-        )
-        raise TypeError(f"expected a torch module, got {kind} (for pipelines there is tomesd.apply_patch)")
-    for module in model.modules():
-        for names, reason in REFUSED.items():
-            if is_named(module, names):
-                raise ValueError(f"the tokens of {type(module).__name__} cannot be merged: {reason}")
+    module = checked(model)
     rows: Sequence[VisionFamily] = [row for row in FAMILIES if package in (None, row.package)]
-    found = find(model, rows)
+    found = find(module, rows)
+    for name, part in module.named_modules():
+        for names, reason in REFUSED.items():
+            if is_named(part, names):
+                others = ", ".join(network.name for network in found)
+                raise ValueError(
+                    f"the tokens of {name or 'this'} {type(part).__name__} cannot be merged: {reason}"
+                    + (f". Patch the others alone: {others}" if others else "")
+                )
     if not found:
         of = f" of {package}" if package else ""
         raise ValueError(
-            f"{type(model).__name__} holds no vision transformer{of} that tomesd knows. Known are "
-            f"{known(rows)}; for Stable Diffusion there is tomesd.apply_patch"
+            f"{''.join(_look_alikes(module, rows))}{type(module).__name__} holds no vision transformer{of} "
+            f"that tomesd knows. Known are {known(rows)}; for Stable Diffusion there is tomesd.apply_patch"
         )
     for network in found:
         if not network.sites:
             raise ValueError(f"{network} has no blocks in {network.family.path}")
     return found
+
+
+def checked(model: object) -> nn.Module:
+    """The model, if it is a module; else a TypeError."""
+    if isinstance(model, nn.Module):
+        return model
+    kind = f"the class {model.__name__}: make one first" if isinstance(model, type) else type(model).__name__
+    raise TypeError(f"expected a torch module, got {kind} (for pipelines there is tomesd.apply_patch)")
+
+
+def _look_alikes(model: nn.Module, rows: Sequence[VisionFamily]) -> Iterator[str]:
+    """Modules that have the name of a known class and are not it, one sentence each."""
+    seen = set()
+    for name, module in model.named_modules():
+        alike = [row for row in rows if is_named(module, row.networks)]
+        if alike and type(module) not in seen:
+            seen.add(type(module))
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            lacks = " and ".join(f"no {row.path} as {row.name}{row.too_old(module)}" for row in alike)
+            yield f"{name or 'This'} is a {kind} with {lacks}, so "

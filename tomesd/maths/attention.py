@@ -37,6 +37,8 @@ def take_rope(rope: Any, keep: Tensor) -> Any:
 
 def key_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     """The bias `[B, 1, 1, N]` of keys that stand for `size` `[B, N]` tokens, for an attention mask."""
+    if torch.jit.is_tracing():
+        size = size.float()  # ONNX has no logarithm of integers
     bias = size.log()[:, None, None, :].to(dtype)
     return bias.as_subclass(KeyBias) if size.device.type == "cuda" else bias
 

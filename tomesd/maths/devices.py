@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 
 def has_bags(device: torch.device) -> bool:
-    """Whether it sums bags of rows: MPS does from torch 2.10 on."""
-    return _can(_sum_bags, device)
+    """Whether it sums bags of rows: MPS does from torch 2.10 on, TorchScript in ONNX does not."""
+    return not torch.jit.is_tracing() and _can(_sum_bags, device)
 
 
 def has_cholesky(device: torch.device) -> bool:

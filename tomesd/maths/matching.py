@@ -70,11 +70,11 @@ def match_exact(
     src, dst = _rows(metric, partition.src), _rows(metric, partition.dst)
     unit, bad = _unit(dst, _rows(norm, partition.dst))
     chunk = max(1, CHUNK // max(1, unit.shape[1]))
-    products = (part @ unit.mT for part in src.split(chunk, dim=1))
+    products = (part @ unit.transpose(1, 2) for part in _chunks(src, chunk))
     src_ids = None
     if ids is not None:
         src_ids, dst_ids = _rows(ids, partition.src), _rows(ids, partition.dst)
-        strangers = (part[..., None] != dst_ids[:, None] for part in src_ids.split(chunk, dim=1))
+        strangers = (part[..., None] != dst_ids[:, None] for part in _chunks(src_ids, chunk))
         products = (
             part.masked_fill(mask, -torch.inf) for part, mask in zip(products, strangers, strict=True)
         )
@@ -146,6 +146,11 @@ def _rows(x: Tensor, positions: Tensor) -> Tensor:
     if positions.shape[0] == 1:
         return x.index_select(1, positions[0])
     return _take(x, positions)
+
+
+def _chunks(x: Tensor, size: int) -> tuple[Tensor, ...]:
+    # The exporter of TorchScript cannot split into one part.
+    return (x,) if x.shape[1] <= size else x.split(size, dim=1)
 
 
 def _unit(dst: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

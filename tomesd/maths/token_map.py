@@ -112,6 +112,8 @@ class TokenMap:
         return self._once("sizes", self._sizes)
 
     def _sizes(self) -> Tensor:
+        if torch.jit.is_tracing():  # what can be exported to ONNX
+            return torch.zeros_like(self.keep).scatter_add(1, self.index, torch.ones_like(self.index))
         if not has_bags(self.index.device):
             ones = torch.ones(self.rows.shape, device=self.index.device)
             counts = ones.new_zeros(self.keep.numel()).index_add(0, self.rows, ones)
@@ -174,7 +176,7 @@ class TokenMap:
         if mode == "drop":
             return _take(x, self.keep)
         if x.dtype == torch.bool:
-            return self._scatter(x.to(torch.uint8), "amax").to(torch.bool)
+            return self._scatter(x.to(torch.uint8), "amax", from_zero=True).to(torch.bool)
         if mode == "amax":
             return self._scatter(x, "amax")
         if not x.is_floating_point():
@@ -189,7 +191,7 @@ class TokenMap:
         mean = self._mean(x, size)
         if mode == "mean":
             return mean
-        longest = self._scatter(_norm(x), "amax")
+        longest = self._scatter(_norm(x), "amax", from_zero=True)
         length = _norm(mean)
         scale = longest / length.clamp_min(torch.finfo(length.dtype).tiny)
         # A mean of zero has no direction to keep: it stays zero.
@@ -234,7 +236,7 @@ class TokenMap:
         if (torch.is_grad_enabled() and has_history) or not has_bags(x.device):
             # embedding_bag has no second derivative.
             rows = table if weight is None else table * weight.reshape(-1, 1)
-            out = rows.new_zeros(groups, rows.shape[1]).index_add(0, flat, rows).view(shape)
+            out = _add_rows(rows.new_zeros(groups, rows.shape[1]), flat, rows).view(shape)
             return out / _align(self.sizes, out).to(out.dtype) if mean else out
         # embedding_bag over rows sorted by group, the sorting included, takes a half of index_add's time at
         # 2 x 16,384 tokens on CPU (scripts/bench ops), and sums in float32.
@@ -262,10 +264,12 @@ class TokenMap:
         found: T = self.memo[key]
         return found
 
-    def _scatter(self, x: Tensor, reduce: str) -> Tensor:
+    def _scatter(self, x: Tensor, reduce: str, from_zero: bool = False) -> Tensor:
+        """Sums, or largest values; `from_zero` says that no value is below 0."""
+        from_zero = from_zero or reduce == "sum"  # the same, and the exporter of TorchScript knows it
         index = _align(self.index, x).expand_as(x)
         out = x.new_zeros(x.shape[0], self.groups, *x.shape[2:])
-        return out.scatter_reduce(1, index, x, reduce, include_self=False)
+        return out.scatter_reduce(1, index, x, reduce, include_self=from_zero)
 
 
 def in_full_precision(x: Tensor) -> AbstractContextManager[Any]:
@@ -283,6 +287,13 @@ def _norm(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     length: Tensor = torch.linalg.vector_norm(x[..., None].flatten(2), dim=-1, dtype=dtype)
     return length
+
+
+def _add_rows(to: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """`to.index_add(0, index, rows)`, of two dimensions."""
+    if torch.jit.is_tracing():  # index_add comes out wrong in ONNX where rows meet
+        return to.scatter_add(0, index[:, None].expand_as(rows), rows)
+    return to.index_add(0, index, rows)
 
 
 def _sorted(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,28 @@
 """Token merging for vision transformers by the names of the ToMe package: `import tomesd.vit as tome`."""
 
-from .. import merge
+from ..hosts.family import Block, Part
+from ..hosts.vits import VisionFamily, register
 from ..methods.schedule import parse_r
-from . import patch, utils
-from .patch import apply_patch, remove_patch, source
+from . import merge, patch, utils
+from .patch import apply_patch, remove_patch, set_r, source
+from .reduction import Reduced, keep, reduce
 from .vis import make_visualization
 
 __all__ = [
+    "Block",
+    "Part",
+    "Reduced",
+    "VisionFamily",
     "apply_patch",
+    "keep",
     "make_visualization",
     "merge",
     "parse_r",
     "patch",
+    "reduce",
+    "register",
     "remove_patch",
+    "set_r",
     "source",
     "utils",
 ]

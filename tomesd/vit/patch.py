@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
 from ..hosts.hooks import OWNER, patch_of, recompile
-from ..hosts.vits import find_networks
+from ..hosts.vits import checked, find_networks
 from ..maths.token_map import TokenMap
-from ..methods.layers import LayersPatch, MergeLayers, Metric, Mode
+from ..methods.layers import attach
+from ..methods.layers_patch import Holder, LayersPatch, MergeLayers, Metric, Mode, forget_copies
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -91,15 +91,49 @@ mae = _verb("timm", "MAE, which are timm's, without proportional attention by de
 transformers = _verb("transformers", "transformers")
 
 
+def set_r(module: Model, r: Any) -> Model:
+    """Sets how many tokens merge in each layer, for every patch in a module or below a wrapper of one.
+
+        tome.apply_patch(model)
+        wrapped = torch.nn.DataParallel(model)  # or DDP, FSDP, a PeftModel
+        tome.set_r(wrapped, 8)  # as model.r = 8; wrapped.r = 8 would reach nobody
+
+    Args:
+        r: `parse_r` has its forms.
+
+    Returns:
+        The same module.
+
+    Raises:
+        TypeError: `module` is no module, or `r` is of the wrong type.
+        ValueError: nothing there is patched, or `r` is out of range for one of the networks.
+    """
+    patches = _patches_in(module)
+    if not patches:
+        raise ValueError(f"{type(module).__name__} holds no patched vision transformer: apply_patch first")
+    for patch in patches:
+        patch.parse(r)
+    inside = {id(part) for part in module.modules()}
+    for patch in patches:
+        holder = None if patch.holder is None else patch.holder.model
+        if holder is not None and id(holder) in inside:
+            if holder is not patch.network:
+                vars(patch.network).pop("r", None)
+            holder.r = r
+        else:
+            patch.network.r = r
+    return module
+
+
 def remove_patch(model: Model) -> Model:
     """Takes every trace of `apply_patch` off a model and returns it; unpatched models are left as they are.
 
     Raises:
         TypeError: the model is no module.
-        ValueError: it holds no vision transformer of a known family.
     """
-    for network in find_networks(model):
-        _detach(network.module)
+    for patch in _patches_in(model):
+        _detach(patch)
+    forget_copies(model)
     return model
 
 
@@ -114,57 +148,67 @@ def source(model: nn.Module, layer: int = -1) -> TokenMap:
             such layer.
         RuntimeError: it did not run yet.
     """
-    patches: list[LayersPatch | None] = [patch_of(network.module) for network in find_networks(model)]
+    patches = _patches_in(model)
     if len(patches) > 1:
         raise ValueError(f"{type(model).__name__} holds {len(patches)} vision transformers: pass one of them")
-    patch = patches[0]
-    if patch is None or not patch.trace_source:
-        raise ValueError("no sources are kept: patch the model with trace_source=True")
-    return patch.source(layer)
+    if not patches:
+        raise ValueError(f"{type(model).__name__} is not patched: patch it with trace_source=True")
+    return patches[0].source(layer)
 
 
 def _apply(model: Model, package: str | None, method: MergeLayers) -> Model:
     networks = find_networks(model, package)
     holder = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
-    if hasattr(holder, "r") and not any(True for _ in _patches_of(holder)):
+    ours = "_tome_info" in vars(holder) or patch_of(holder) is not None
+    if not ours and _has_own_r(holder):
         raise ValueError(
-            f"{type(holder).__name__} has an attribute r of its own, which tomesd would overwrite"
+            f"{type(holder).__name__} has an attribute r of its own, which tomesd would overwrite (the r of "
+            "a patch below a wrapper is set by tome.set_r)"
         )
-    patches = [LayersPatch(holder, network, method) for network in networks]
+    patches = [LayersPatch(network, method) for network in networks]
     try:
         for patch, network in zip(patches, networks, strict=True):
-            patch.attach(network)
+            attach(patch, network)
     except BaseException:
         for patch in patches:
             patch.remove()
         raise
     for network in networks:
-        _detach(network.module)
+        _detach(patch_of(network.module))
+    forget_copies(model)
+    # Networks of other packages in it keep their patches.
+    others = vars(holder)["_tome_info"].patches if "_tome_info" in vars(holder) else []
+    holder._tome_info = Holder(holder, [*others, *patches])  # what users of the ToMe package know it as
     for patch in patches:
         setattr(patch.network, OWNER, patch)
-        holder._tome_info = patch  # what users of the ToMe package know it as
     holder.r = 0
     recompile(method)
     return model
 
 
-def _patches_of(holder: nn.Module) -> Iterator[LayersPatch]:
-    """The patches in a model that read its `r`."""
-    for module in holder.modules():
-        patch = patch_of(module)
-        if isinstance(patch, LayersPatch) and holder in (patch.model, module):
-            yield patch
+def _patches_in(model: object) -> list[LayersPatch]:
+    """The patches of all networks in a module."""
+    found = (patch_of(module) for module in checked(model).modules())
+    return [patch for patch in found if isinstance(patch, LayersPatch)]
 
 
-def _detach(network: nn.Module) -> bool:
-    """Takes the patch off a network; whether there was one."""
-    patch = patch_of(network)
+def _has_own_r(model: nn.Module) -> bool:
+    """Whether a module has an r, and not only shows that of a module that it wraps."""
+    tables = vars(model), model._parameters, model._buffers, model._modules
+    return hasattr(type(model), "r") or any("r" in table for table in tables)
+
+
+def _detach(patch: LayersPatch | None) -> None:
+    """Takes a patch off its network, and with the last one `r` off the model that holds it."""
     if patch is None:
-        return False
+        return
     patch.remove()
-    delattr(network, OWNER)
-    vars(network).pop("r", None)
-    if not any(True for _ in _patches_of(patch.model)):
+    delattr(patch.network, OWNER)
+    vars(patch.network).pop("r", None)
+    holder = patch.holder
+    if holder is None:
+        return
+    holder.patches.remove(patch)
+    if not holder.patches:
         for name in ("r", "_tome_info"):
-            vars(patch.model).pop(name, None)
-    return True
+            vars(holder.model).pop(name, None)
