@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .devices import is_traced
+
 # Parameters of `scaled_dot_product_attention`, in order.
 SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 # Kernels on CUDA take head sizes in steps of this.
@@ -37,7 +39,7 @@ def take_rope(rope: Any, keep: Tensor) -> Any:
 
 def key_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     """The bias `[B, 1, 1, N]` of keys that stand for `size` `[B, N]` tokens, for an attention mask."""
-    if torch.jit.is_tracing():
+    if is_traced():
         size = size.float()  # ONNX has no logarithm of integers
     bias = size.log()[:, None, None, :].to(dtype)
     return bias.as_subclass(KeyBias) if size.device.type == "cuda" else bias

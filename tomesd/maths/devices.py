@@ -9,9 +9,14 @@ import torch
 import torch.nn.functional as F
 
 
+def is_traced() -> bool:
+    """Whether TorchScript traces what runs."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call] # pyright: ignore
+
+
 def has_bags(device: torch.device) -> bool:
     """Whether it sums bags of rows: MPS does from torch 2.10 on, TorchScript in ONNX does not."""
-    return not torch.jit.is_tracing() and _can(_sum_bags, device)
+    return not is_traced() and _can(_sum_bags, device)
 
 
 def has_cholesky(device: torch.device) -> bool:

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .devices import is_traced
+
 MASK = 0xFFFFFFFF
 SHIFTS = 1 << 12  # by which a table of random numbers is moved from step to step
 RANGE = 1 << 31  # of random numbers, so that a pair of one and a position fits int64
@@ -153,7 +155,7 @@ def cell_offsets(
 
 def _bits(x: Tensor) -> Tensor:
     """The bits of float32 numbers, int64."""
-    if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call] # pyright: ignore
+    if not is_traced():
         return x.view(torch.int32).to(torch.int64)
     # TorchScript has no such view. The same by arithmetic, for all but the smallest numbers.
     fraction, exponent = torch.frexp(x)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .devices import is_traced
+
 # Captured graphs go on reading what has been handed out, so that tables only grow in number.
 _tables: dict[torch.device, list[Tensor]] = {}
 
 
 def up_to(n: int, device: torch.device) -> Tensor:
     """`torch.arange(n)`, to be read alone."""
-    traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call] # pyright: ignore
+    traced = is_traced()
     if torch.compiler.is_compiling() or traced:
         return torch.arange(n, device=device)
     tables = _tables.setdefault(device, [])

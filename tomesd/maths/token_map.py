@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .devices import has_bags
+from .devices import has_bags, is_traced
 from .numbers import up_to
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ class TokenMap:
         return self._once("sizes", self._sizes)
 
     def _sizes(self) -> Tensor:
-        if torch.jit.is_tracing():  # what can be exported to ONNX
+        if is_traced():  # what can be exported to ONNX
             return torch.zeros_like(self.keep).scatter_add(1, self.index, torch.ones_like(self.index))
         if not has_bags(self.index.device):
             ones = torch.ones(self.rows.shape, device=self.index.device)
@@ -291,7 +291,7 @@ def _norm(x: Tensor) -> Tensor:
 
 def _add_rows(to: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """`to.index_add(0, index, rows)`, of two dimensions."""
-    if torch.jit.is_tracing():  # index_add comes out wrong in ONNX where rows meet
+    if is_traced():  # index_add comes out wrong in ONNX where rows meet
         return to.scatter_add(0, index[:, None].expand_as(rows), rows)
     return to.index_add(0, index, rows)
 

@@ -277,7 +277,7 @@ class LayerHooks(Hooks):
         elif not isinstance(output, Tensor):
             return output
         after, x = own.before, patch.turned(output)
-        if own.map is not None:
+        if own.map is not None and own.gain is not None:
             x = own.map.merge(x, "drop") + own.gain
             after = own.map if after is None else after.compose(own.map)
         if after is not None and not own.inside:
