@@ -13,6 +13,7 @@ diffusers = [
 bench = [*diffusers, "scikit-image"]
 app = [*diffusers, "gradio>=6"]
 # transformers 5.18 asks for torch 2.5.
+docs = ["mkdocs-material", "mkdocstrings[python]"]
 vit = ["torch>=2.5", "timm>=1.0.16", "torchvision", "transformers>=5.18", "numpy", "tqdm", "pillow"]
 
 setup(
@@ -49,10 +50,12 @@ setup(
         "bench": bench,
         "app": app,
         "vit": vit,
+        "docs": docs,
         "xformers": ["xformers"],
         "dev": [
             *bench,
             *vit,
+            *docs,
             "peft",
             "pytest",
             "pytest-xdist",
