@@ -1,4 +1,4 @@
-"""Fetches the packages that tomesd is compared with from PyPI.
+"""Fetches the packages that tomesd is compared with, or tried beside, from PyPI.
 
     python scripts/bench peers
 
@@ -40,6 +40,11 @@ PEERS = {
         "552075efc72e81182b34a0c7b6579202a24d1d6cd6712a11979bf81d106625a4",
         0.1,
     ),
+    # What is tried beside tomesd: see docs/composition.md.
+    "DeepCache": Peer(
+        "DeepCache==0.1.1", "aa4aa5f8e9a2e5a41d59900305c3c86c20834537d0c67bf2d8bb7075618ae48a", 0.2
+    ),
+    "tgate": Peer("tgate==1.0.0", "bb1e9b324442c025bf9e9fa47a508730229ad6b08906fcddfb690e977425a6dd", 0.05),
 }
 
 
