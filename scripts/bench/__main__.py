@@ -12,6 +12,8 @@ COMMANDS = {
     "attention": "error of self-attention by each method, on real weights",
     "ops": "the hot operations against other ways to compute the same",
     "count": "FLOPs and memory of a step of a UNet, without computing it",
+    "caching": "DeepCache and an early end of guidance, alone and beside tomesd: error over operations",
+    "training": "losses of a LoRA and of a whole fine-tune with merging, beside plain",
     "step-4k": "one step of the shipped model on the tokens of a 4K picture",
     "eval-vit": "accuracy of DINOv2 with merged tokens on Fashion-MNIST",
     "validate": "accuracy and speed of a classifier on a folder of pictures",
