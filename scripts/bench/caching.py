@@ -66,7 +66,7 @@ class Attended(TorchFunctionMode):
 def flops_of(network: torch.nn.Module, draw: Callable[[], object]) -> int:
     """FLOPs of all calls of a network while a picture is drawn."""
     attended, counter = Attended(), FlopCounterMode(display=False)
-    forward = network.forward
+    forward, own = network.forward, dict(vars(network))
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         with attended, counter:
@@ -76,7 +76,8 @@ def flops_of(network: torch.nn.Module, draw: Callable[[], object]) -> int:
     try:
         draw()
     finally:
-        network.forward = forward
+        del network.forward
+        vars(network).update(own)
     others = counter.get_flop_counts()["Global"]
     return attended.flops + sum(n for kind, n in others.items() if "attention" not in str(kind))
 

@@ -4,7 +4,7 @@
     python scripts/bench training --seconds         seconds a step too; let nothing else run
 
 The model learns its own pictures with their colours inverted. Weights, noise and timesteps are the same in
-each way, through accelerate. *start* and *end* are means of the first and last fifth of the losses, *unpatched*
+each way, through accelerate. *start* and *end* are means of the first and last fifth of losses, *unpatched*
 is the loss of the trained weights with the patch taken off, on noise that training has not seen.
 """
 
