@@ -133,7 +133,7 @@ def _as_context(apply: Callable[P, Model]) -> Callable[P, AbstractContextManager
 
 
 patched = _as_context(apply_patch)
-"""`apply_patch` for a `with` block: `with tomesd.patched(pipe, 0.5): ...`. What was there before comes back."""
+"""`apply_patch` for a `with` block: `with tomesd.patched(pipe, 0.5): ...`. Then what was there comes back."""
 
 
 class NetworkPatch(Patch):

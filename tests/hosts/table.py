@@ -21,7 +21,6 @@ METHODS = (tomesd.Merge(), tomesd.SampleKeys(), tomesd.MergeKeys(), tomesd.Merge
 # What a cell of the table may say.
 YES = "yes"
 NO = "no"  # and an error says so
-NOT_YET = "not yet"  # it is to be yes, and fails
 UNSAID = "no, unsaid"  # it is to be such an error, and the picture is wrong or the error is of somebody else
 EXPECTED = "expected"  # from reading code; nothing here can run it
 UNUSED = "unused"  # the method works, and the feature has no effect
@@ -67,7 +66,6 @@ COMPILED = (
     LAWS + "test_compiles_to_one_graph_and_not_again_from_call_to_call",
     PIPES + "test_a_denoising_loop_compiles_once",
 )
-KEYS_NOT_YET = (YES, NOT_YET, NOT_YET, YES)
 ROWS = (
     Row("`torch.compile(unet)`, `unet.compile()`, `fullgraph=True`", tests=COMPILED),
     Row("regional: `compile_repeated_blocks`", tests=COMPILED[1:]),
@@ -87,7 +85,7 @@ ROWS = (
     Row(
         "T-GATE 1.0.0",
         on.tgate,
-        (UNSAID, YES, YES, UNSAID),
+        (NO, YES, YES, NO),
         "T-GATE|cached|another step",
         note="it keeps attention's output, which is of merged tokens; its moments are of another sample",
     ),
@@ -115,21 +113,21 @@ ROWS = (
     Row(
         "TaylorSeer, blocks",
         on.taylor(r".*transformer_blocks\.\d+"),
-        (YES, YES, YES, UNSAID),
+        (YES, YES, YES, NO),
         "taylorseer_cache",
         note="what it keeps of a stage is merged tokens of another step",
     ),
     Row(
         "TaylorSeer, feed-forward",
         on.taylor(r".*\.ff"),
-        (YES, YES, YES, UNSAID),
+        (YES, YES, YES, NO),
         "taylorseer_cache",
         note='the same for `Merge` with `"mlp"` in its parts',
     ),
     Row(
         "First Block Cache (PixArt)",
         on.first_block_cache,
-        (YES, YES, YES, UNSAID),
+        (YES, YES, YES, NO),
         "fbc",
         pixart=True,
         note="does not fit UNets: it looks for one list of blocks",
@@ -137,7 +135,7 @@ ROWS = (
     Row(
         "MagCache (PixArt)",
         on.mag_cache,
-        (YES, YES, YES, UNSAID),
+        (YES, YES, YES, NO),
         "mag_cache",
         pixart=True,
         note="does nothing on UNets",
@@ -214,18 +212,14 @@ ROWS = (
     Row(
         "sequential offload",
         lambda net: accelerate.cpu_offload(net, "cpu", offload_buffers=True) and None,
-        KEYS_NOT_YET,
         same=True,
-        note="`moments=0` works: moments read weights while they are away",
     ),
-    Row("group offload", on.group_offload, KEYS_NOT_YET, same=True, note="as above"),
+    Row("group offload", on.group_offload, same=True),
     Row(
         "layerwise casting, float8",
         lambda net: net.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
-        KEYS_NOT_YET,
-        note="as above",
     ),
-    Row("torchao, int8 weights", on.quantized, KEYS_NOT_YET, note="as above"),
+    Row("torchao, int8 weights", on.quantized),
     Row("bitsandbytes, int8", on.bitsandbytes("int8")),
     Row("bitsandbytes, nf4", on.bitsandbytes("nf4")),
     Row("`torch.inference_mode`", on.around(torch.inference_mode), same=True),

@@ -18,7 +18,7 @@ DRAWING = [subject for subject in SUBJECTS.values() if set(subject.options) <= s
 # Laws that take long run on these: one for each way in which families differ.
 FEW = [
     SUBJECTS[name]
-    for name in ("sd", "sdxl", "svd", "pixart", "timm ViT", "timm EVA02", "transformers DINOv2")
+    for name in ("sd", "svd", "pixart", "timm ViT", "timm EVA02", "transformers DINOv2")
     if name in SUBJECTS
 ]
 

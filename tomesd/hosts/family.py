@@ -29,6 +29,7 @@ class Part:
     key_layer: str | None = None  # the module in it that returns [B, heads, N, D] or [B, N, heads * D] keys
     processors: tuple[str, ...] = ()  # classes of diffusers' processors that attend in the plain way
     biased: tuple[str, ...] = ()  # others that add a bias of keys, if their kernels can
+    cache: str | None = None  # an attribute in which hosts keep its output for other steps
     keepers: tuple[
         str, ...
     ] = ()  # others that keep the map of attention, which the host reads as of all tokens

@@ -77,6 +77,7 @@ BASIC = Block(
         processors=PLAIN,
         biased=("XFormersAttnProcessor", "AttnProcessorNPU"),
         keepers=("CrossAttnStoreProcessor",),
+        cache="cache",
         sees_text="attn1.is_cross_attention",
     ),
     cross=Part(
@@ -84,6 +85,7 @@ BASIC = Block(
         keys=TEXT,
         bias="attention_mask",
         keepers=("AttendExciteAttnProcessor", "LEDITSCrossAttnProcessor", "Pix2PixZeroAttnProcessor"),
+        cache="cache",
         sees_text="attn2.is_cross_attention",
     ),
     mlp=Part("ff"),

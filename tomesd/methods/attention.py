@@ -16,17 +16,38 @@ from ..maths.moments import Layers
 from ..maths.token_map import TokenMap
 
 # Caches of diffusers that give attention's output of another step, which has other merged tokens.
-CACHES = ("pyramid_attention_broadcast", "faster_cache_block", "taylorseer_cache")
+CACHES = (
+    *("pyramid_attention_broadcast", "faster_cache_block", "taylorseer_cache"),
+    *("fbc_leader_block_hook", "mag_cache_leader_block_hook"),
+)
 
 
 def linear_map(layer: Any, x: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a layer of `width` inputs that is linear, whatever it is made of."""
     if isinstance(layer, nn.ModuleList | nn.Sequential):
         layer = layer[0]  # dropout comes after it
-    if type(layer) is nn.Linear:
+    # Adapters, quantization and offload have other weights, or keep them elsewhere until they are called.
+    own = type(layer) is nn.Linear and "forward" not in vars(layer) and layer.weight.device == x.device
+    if own and type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.dtype.itemsize > 1:
         return layer.weight, layer.bias
     bias = layer(x.new_zeros(1, width))
     return (layer(torch.eye(width, dtype=x.dtype, device=x.device)) - bias).mT, bias[0]
+
+
+def is_cached(module: nn.Module) -> str | None:
+    """The cache of diffusers that a module is under, if any."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    return next((cache for cache in CACHES if cache in hooks), None)
+
+
+def refuse_caches(module: nn.Module, name: str, method: str) -> None:
+    """Raises a ValueError where a cache would give back merged tokens of another step."""
+    cache = is_cached(module)
+    if cache is not None:
+        raise ValueError(
+            f"tomesd: {name} is cached by diffusers' {cache}, which gives back the tokens of another step: "
+            f"use either the cache or {method}"
+        )
 
 
 class PartHooks:
@@ -58,13 +79,12 @@ class PartHooks:
 
     def refuse(self, module: nn.Module, kwargs: Kwargs) -> None:
         """Raises a ValueError for what merged tokens cannot be used with."""
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        for cache in CACHES:
-            if cache in hooks and self.kind != "mlp":
-                raise ValueError(
-                    f"tomesd: {self.name} is cached by diffusers' {cache}, which gives back the tokens of "
-                    f"another step: use either the cache or {self.method}"
-                )
+        refuse_caches(module, self.name, self.method)
+        if self.part.cache is not None and hasattr(module, self.part.cache):
+            raise ValueError(
+                f"tomesd: {self.name} keeps its output in `{self.part.cache}` (T-GATE does so), to be given "
+                f"back in another step, in which other tokens merge: use either that or {self.method}"
+            )
         self.refuse_keepers(module)
         if self.kind == "cross" and kwargs.get("ip_adapter_masks") is not None:
             raise ValueError(

@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..hosts.family import Site
+from ..hosts.family import Site, submodule
 from ..hosts.hooks import Args, Kwargs, Patch
 from ..hosts.image import BlockHooks, Call
 from ..maths.token_map import TokenMap
-from .attention import PartHooks
+from .attention import PartHooks, refuse_caches
 from .cost import Work, work_of
 from .merge import PARTS, Matched
 
@@ -61,7 +61,8 @@ class MergeStage(Matched):
 
     def attach(self, blocks: Mapping[Site, BlockHooks], patch: Patch) -> None:
         sites = list(blocks)
-        stage = Stage(blocks[sites[0]], blocks[sites[-1]])
+        cached = [part.path for part in sites[0].block.parts.values()]
+        stage = Stage(blocks[sites[0]], blocks[sites[-1]], cached)
         patch.before(sites[0].module, stage.enter)
         for site, block in blocks.items():
             for kind in ("attn", "cross"):
@@ -86,9 +87,10 @@ class Kept(NamedTuple):
 class Stage:
     """Merges before the first block of a transformer; after the last each token gains what its group has."""
 
-    def __init__(self, first: BlockHooks, last: BlockHooks) -> None:
+    def __init__(self, first: BlockHooks, last: BlockHooks, parts: Sequence[str]) -> None:
         self.first = first
         self.last = last
+        self.parts = parts  # of its blocks: none may be cached
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         call, x = self.first.call_of(args, kwargs), self.first.tokens.get(args, kwargs)
@@ -97,6 +99,9 @@ class Stage:
         if token_map is None or token_map.is_identity:
             call.kept = None
             return args, kwargs
+        for part in (module, *(submodule(module, path) for path in self.parts)):
+            if part is not None:
+                refuse_caches(part, self.first.name, "MergeStage")
         merged = token_map.merge(x)
         call.kept = Kept(x, token_map, merged)
         # A copy, as some hosts' blocks add to their input in place.
