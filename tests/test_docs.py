@@ -22,11 +22,11 @@ def names():
     metric = torch.randn(2, 64 * 64, 8)
     return {
         "tomesd": tomesd,
-        "keys": torch.randn(2, 40, 8),
+        "keys": torch.randn(2, 4096, 8),
         "block_keys": lambda y: y,
         "block": lambda y: y,
         "attention": lambda y: y,
-        "index": torch.arange(200)[None] // 2,
+        "index": torch.arange(4096)[None] // 41,
         "another": tomesd.TokenMap.identity(100),
         "sizes": torch.ones(2, 4096),
         "metric": metric,
