@@ -153,9 +153,20 @@ def test_a_trace_of_torchscript_is_the_patched_network_at_every_step(method):
     unet = tiny.small_unet()
     tomesd.apply_patch(unet, method)
     x, text = tiny.inputs(16, 16, 2)
-    traced = torch.jit.trace(First(unet).eval(), (x, torch.tensor(500), text), check_trace=False)
+    traced = torch.jit.trace(First(unet).eval(), (x, torch.tensor(500), text))
     for t in (500, 100):
         torch.testing.assert_close(traced(x, torch.tensor(t), text), unet(x, torch.tensor(t), text).sample)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_gradients_and_batches_of_torch_func(method):
+    unet = tiny.small_unet()
+    tomesd.apply_patch(unet, method)
+    x, text = tiny.inputs(16, 16, 2)
+    t = torch.tensor(500)
+    want = torch.autograd.functional.vjp(lambda x: unet(x, t, text).sample, x, torch.ones_like(x))[1]
+    _, pull = torch.func.vjp(lambda x: unet(x, t, text).sample, x)
+    torch.testing.assert_close(pull(torch.ones_like(x))[0], want, atol=1e-5, rtol=1e-4)
 
 
 def test_patches_leave_what_torch_compile_has_made_of_other_models():
@@ -175,6 +186,16 @@ def test_patches_leave_what_torch_compile_has_made_of_other_models():
             other(x)
         other(x)
     assert count == 1
+    torch.compiler.reset()
+
+
+def test_a_compiled_network_takes_other_batches():
+    torch.compiler.reset()
+    net = acting.network()
+    tomesd.apply_patch(net)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    for b in (2, 3, 4):
+        torch.testing.assert_close(acting.call(compiled, b=b), acting.call(net, b=b), atol=1e-4, rtol=1e-4)
     torch.compiler.reset()
 
 

@@ -114,10 +114,10 @@ def network(how: str = "plain") -> UNetModel:
     return made
 
 
-def call(net: nn.Module, t: float = 5.0, h: int = 12, w: int = 16) -> Tensor:
+def call(net: nn.Module, t: float = 5.0, h: int = 12, w: int = 16, b: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, C, h, w, generator=generator)
-    return net(x, torch.tensor([t, t]), torch.randn(2, 7, C, generator=generator))
+    x = torch.randn(b, C, h, w, generator=generator)
+    return net(x, torch.tensor([t] * b), torch.randn(b, 7, C, generator=generator))
 
 
 # kohya's sd-scripts have classes of diffusers' names, which call each other in another way.

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..maths.devices import is_traced
+from ..maths.devices import is_traced, untraced
 from ..maths.grid import shift_of
 from ..maths.token_map import TokenMap
 from .family import Site, submodule
@@ -64,7 +64,8 @@ class Image:
         place = key, self.h, self.w, self.device
         made: T | None = self.tables.get(place)
         if made is None:
-            with torch.inference_mode(False):  # or training could not use them afterwards
+            # Or training could not use them afterwards; and a trace would hold how they are made.
+            with torch.inference_mode(False), untraced():
                 made = make()
             # Those of FakeTensorMode, say, would be of no use later.
             if all(type(value) is Tensor for value in vars(made).values() if isinstance(value, Tensor)):
@@ -105,7 +106,10 @@ def _number(timestep: Tensor) -> int | None:
     A slice of one may be of a batch's timesteps as well, which some hosts take apart: that is none.
     """
     one = timestep.dim() == 0 or (timestep.numel() > 1 and not any(timestep.stride()))
-    table = timestep.untyped_storage().nbytes() > timestep.element_size()
+    try:
+        table = timestep.untyped_storage().nbytes() > timestep.element_size()
+    except NotImplementedError:  # of torch.func
+        return None
     return int(timestep.storage_offset()) if one and table else None
 
 
@@ -184,7 +188,8 @@ class NetworkHooks:
         if image is None or not image.fits(h, w, x.shape[0], x.device):
             timestep = step.timestep
             if isinstance(timestep, Tensor) and timestep.numel() > 1:  # a video's frames have their sample's
-                each, rest = divmod(x.shape[0], timestep.numel())
+                # Not divmod, which programs of torch.compile cannot have of an open number.
+                each, rest = x.shape[0] // timestep.numel(), x.shape[0] % timestep.numel()
                 timestep = timestep.flatten()[:1] if rest else timestep.flatten().repeat_interleave(each)
             made = Image(h, w, timestep, x.device, 2**level, step.number, self.tables)
             image = step.images[level] = made

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,18 @@ import torch.nn.functional as F
 def is_traced() -> bool:
     """Whether TorchScript traces what runs."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call] # pyright: ignore
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """What TorchScript takes for constants."""
+    tracing: Any = torch._C
+    state = tracing._get_tracing_state()
+    tracing._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        tracing._set_tracing_state(state)
 
 
 def has_bags(device: torch.device) -> bool:
