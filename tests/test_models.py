@@ -1,5 +1,6 @@
 """What may be given to apply_patch: a network, a pipeline, and what holds or shares one."""
 
+import copy
 import types
 
 import acting
@@ -97,6 +98,37 @@ def test_remove_patch_takes_off_what_is_there_whatever_else_there_is():
     assert tomesd.remove_patch(holder) is holder
     unet.__class__ = D.UNet2DConditionModel
     assert torch.equal(case(unet), plain)
+
+
+@pytest.mark.parametrize("method", [Merge(), SampleKeys(), MergeStage()], ids=str)
+def test_a_copy_of_a_part_is_plain_and_goes_when_the_patch_goes(method):
+    """As PEFT makes copies of what it trains whole."""
+    unet, case = tiny.small_unet(), tiny.CASES["sd"]
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    x, text = torch.randn(1, 9, 16), torch.randn(1, 7, tiny.TEXT)
+    wanted, plain = block(x, encoder_hidden_states=text), case(unet)
+    tomesd.apply_patch(unet, method)
+    case(unet)
+    twin = copy.deepcopy(copy.deepcopy(block))
+    assert torch.equal(twin(x, encoder_hidden_states=text), wanted)
+    unet.twin = twin
+    tomesd.remove_patch(unet)
+    assert torch.equal(case(unet), plain)
+    assert not [hook for module in unet.modules() for hook in module._forward_pre_hooks]
+    assert torch.equal(twin(x, encoder_hidden_states=text), wanted)
+
+
+def test_attention_that_was_replaced_after_the_patch_is_named():
+    unet, case = tiny.small_unet(), tiny.CASES["sd"]
+    tomesd.apply_patch(unet)
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.attn1 = tiny.small_unet().down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    with pytest.raises(
+        RuntimeError, match=r"attn1 of .* was replaced after apply_patch, by a Attention: patch again"
+    ):
+        case(unet)
+    tomesd.apply_patch(unet)
+    assert torch.isfinite(case(unet)).all()
 
 
 def test_switching_in_the_middle_of_a_loop():

@@ -110,9 +110,12 @@ class Patch:
         self.handles: list[RemovableHandle] = []
         self.listeners: list[Listener] = []
         self.has_warned = False
+        self.is_owned = True  # by the network that it is on; a copy is, once that network has run
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "listeners": []}  # nobody listens to copies
+        # Nobody listens to copies; and of a copy of a part there are handles whose modules are gone.
+        handles = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]
+        return {**vars(self), "handles": handles, "listeners": [], "is_owned": False}
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Calls `hook(module, args, kwargs)` before each call of a module; it may return other ones."""
@@ -137,6 +140,11 @@ class Patch:
 def hooks_before(module: nn.Module | None) -> list[Callable[..., Any]]:
     """What is called before each call of a module."""
     return [] if module is None else list(module._forward_pre_hooks.values())
+
+
+def is_ours(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is one of this package."""
+    return type(getattr(hook, "__self__", None)).__module__.partition(".")[0] == __package__.partition(".")[0]
 
 
 def patch_of(network: nn.Module) -> Any:

@@ -17,7 +17,7 @@ from ..maths.devices import is_traced, untraced
 from ..maths.grid import shift_of
 from ..maths.token_map import TokenMap
 from .family import Site, submodule
-from .hooks import OWNER, Args, Argument, Kwargs, Patch, PerThread
+from .hooks import OWNER, Args, Argument, Kwargs, Patch, PerThread, hooks_before
 from .unets import ImageFamily
 
 # Sizes and devices of which tables are kept.
@@ -156,6 +156,8 @@ class NetworkHooks:
         return {**vars(self), "last": None, "tables": {}}
 
     def begin(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        if not self.patch.is_owned:
+            self.patch.is_owned = True
         for listener in self.patch.listeners:
             listener.begin()
         if self.has_clock and torch.compiler.is_compiling():
@@ -282,6 +284,9 @@ class BlockHooks:
         self.plan: Plan | None = None
         self.tokens = Argument(site.module, site.block.tokens, 0)
         self.carrier = Argument(site.module, family.carrier) if family.carrier else None
+        self.attn = site.block.attn.path
+        self.plans = False  # whether its own parts ask for a plan
+        patch.before(site.module, self.enter)
         for name in ("attn", "cross"):
             part = site.part(name)
             if part is not None:
@@ -291,6 +296,7 @@ class BlockHooks:
     def plan_by_input(self, site: Site) -> None:
         """From now on keeps the block's input, from which the first part that asks for a plan has it made."""
         # Not at the block itself: what CompVis' checkpointing recomputes begins after it.
+        self.plans = True
         first = site.module.get_submodule(site.block.input)
         self.given = Argument(first, "", 0)
         self.patch.before(first, self.keep)
@@ -326,16 +332,31 @@ class BlockHooks:
             return None
         return token_map
 
+    def enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        own = self.own.get()
+        own.call, own.planned = self.call_of(args, kwargs), None
+        if torch.compiler.is_compiling() or not self.patch.is_owned:
+            return
+        attn = submodule(block, self.attn)
+        if attn is not None and not any(self.receive in hooks_before(module) for module in attn.modules()):
+            raise RuntimeError(
+                f"tomesd: {self.attn} of {self.name} was replaced after apply_patch, by a "
+                f"{type(attn).__name__}: patch again"
+            )
+
     def receive(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """Takes the container's call out of what attention is given."""
+        """Takes the container's call out of what attention is given, where a host hands it on."""
         call = kwargs.get(OWNER)
-        self.own.get().call = call or self.container.unpassed()
+        own = self.own.get()
+        own.call = call or own.call or self.container.unpassed()
         if call is not None:
             kwargs = {name: value for name, value in kwargs.items() if name != OWNER}
         return args, kwargs
 
     def forget(self, block: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
         own = self.own.get()
+        if self.plans and own.call is not None and own.planned is None:
+            self.patch.warn(f"{self.name} ran plain: the host called none of the parts that were to merge")
         own.x = own.call = own.map = own.planned = own.given = own.sample = None
 
     def call_of(self, args: Args, kwargs: Kwargs) -> Call | None:
@@ -349,6 +370,8 @@ class BlockHooks:
 
         None where they are not those of its container's image.
         """
+        if call is None and not self.patch.is_owned:
+            return None  # a copy of a part
         if call is None:
             raise RuntimeError(
                 f"tomesd: {self.name} was called outside of its network, so it is not known which image its "

@@ -143,9 +143,9 @@ class FewerKeys(PartHooks):
         given, own.given, sample, own.sample = own.given, None, own.sample, None
         if sample is not None and not own.values:
             raise ValueError(
-                f"tomesd: {self.name} has the processor {type(attn.processor).__name__}, which gives "
-                f"{' and '.join(self.layers)} no {sample.tokens} tokens, of which {self.method} could take "
-                "some: use Merge"
+                f"tomesd: {self.name} has the processor {type(attn.processor).__name__}, of which "
+                f"{self.method} could take no keys: it did not call {' and then '.join(self.layers)} with "
+                f"{sample.tokens} tokens. Use Merge"
             )
         layers = None if given is None else self.layers_of(attn, given[0])
         if given is None or layers is None or own.map is None:

@@ -95,9 +95,9 @@ class Stage:
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         call, x = self.first.call_of(args, kwargs), self.first.tokens.get(args, kwargs)
         token_map = self.first.make_plan(x, call)
-        assert call is not None  # or that would have been an error
-        if token_map is None or token_map.is_identity:
-            call.kept = None
+        if call is None or token_map is None or token_map.is_identity:
+            if call is not None:
+                call.kept = None
             return args, kwargs
         for part in (module, *(submodule(module, path) for path in self.parts)):
             if part is not None:
@@ -133,6 +133,8 @@ class StagedAttention(PartHooks):
 
 def kept_by(block: BlockHooks, call: Call | None) -> Kept | None:
     """What the stage that a block is part of has kept; None where nothing has merged."""
+    if call is None and not block.patch.is_owned:
+        return None  # a copy of a part
     if call is None:
         raise RuntimeError(
             f"tomesd: {block.name}, a part of a stage, was called without the rest of it: call the whole "
