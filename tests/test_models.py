@@ -186,6 +186,9 @@ def test_a_trace_of_torchscript_is_the_patched_network_at_every_step(method):
     tomesd.apply_patch(unet, method)
     x, text = tiny.inputs(16, 16, 2)
     traced = torch.jit.trace(First(unet).eval(), (x, torch.tensor(500), text))
+    other, _ = tiny.inputs(24, 24, 2)
+    with pytest.raises(RuntimeError):
+        traced(other, torch.tensor(500), text)
     for t in (500, 100):
         torch.testing.assert_close(traced(x, torch.tensor(t), text), unet(x, torch.tensor(t), text).sample)
 

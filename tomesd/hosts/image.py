@@ -386,6 +386,8 @@ class BlockHooks:
             )
             return None
         assert self.plan is not None
+        if is_traced():  # for one size: at another one the trace is to stop here
+            x = x.reshape(-1, image.h * image.w, x.shape[-1])
         token_map = self.plan(x, image)
         for listener in self.patch.listeners:
             listener.note(self.name, image, x.shape[0], token_map)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..hosts.family import submodule
 from ..hosts.hooks import Args, Kwargs, hooks_before
 from ..hosts.image import Image
+from ..maths.devices import is_traced
 from ..maths.moments import Missed, missed_by_sample
 from ..maths.sampling import Samples, how_many, sample_tokens
 from ..maths.token_map import TokenMap
@@ -83,6 +84,8 @@ class SampledKeys(FewerKeys):
         return token_map.fits(keys)  # a sample serves all images of a size
 
     def keys_of(self, x: Tensor, token_map: TokenMap) -> Tensor:
+        if is_traced():  # for one size: at another one the trace is to stop here
+            x = x.reshape(-1, int(token_map.tokens), x.shape[-1])
         return token_map.merge(x, "drop")
 
     def bias_keys(
