@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .hosts.family import Site, named_modules_of
-from .hosts.hooks import OWNER, Patch, is_ours, patch_of, recompile
+from .hosts.hooks import OWNER, Patch, is_ours, patch_of, recompile, take_off
 from .hosts.image import BlockHooks, ContainerHooks, NetworkHooks, Plan
 from .hosts.unets import find_networks
 from .merge import compute_merge as compute_merge  # where tomesd 0.1.3 has it
@@ -101,7 +101,8 @@ def remove_patch(model: Model) -> Model:
     for _, module in named_modules_of(model):
         if isinstance(patch_of(module), NetworkPatch):
             _detach(module)
-            _forget_copies(module)
+            # What copies of parts have brought into it, of which its patch knows nothing.
+            take_off(module, is_ours)
     return model
 
 
@@ -202,24 +203,6 @@ def _detach(network: nn.Module) -> bool:
     patch.remove()
     delattr(network, OWNER)
     return True
-
-
-def _forget_copies(network: nn.Module) -> None:
-    """Takes off hooks that copies of parts have brought into a network, of which its patch knows nothing."""
-    for module in network.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if is_ours(hook)]:
-                for table in (hooks, *_flags(module)):
-                    table.pop(key, None)
-
-
-def _flags(module: nn.Module) -> list[dict[int, Any]]:
-    """What torch notes of hooks beside them, such as whether they take keyword arguments."""
-    return [
-        table
-        for name, table in vars(module).items()
-        if name.startswith(("_forward_hooks_", "_forward_pre_hooks_"))
-    ]
 
 
 def _choice(given: Any, max_downsample: Any, legacy: dict[str, Any]) -> UpTo | ByKey:

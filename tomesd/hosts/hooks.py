@@ -147,6 +147,17 @@ def is_ours(hook: Callable[..., Any]) -> bool:
     return type(getattr(hook, "__self__", None)).__module__.partition(".")[0] == __package__.partition(".")[0]
 
 
+def take_off(model: nn.Module, wanted: Callable[[Any], bool]) -> None:
+    """Takes hooks that are `wanted` off all modules of a model, whoever has put them there."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if wanted(hook)]:
+                # Beside its hooks a module notes of each what it is to be given.
+                for name, table in vars(module).items():
+                    if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
+                        table.pop(key, None)
+
+
 def patch_of(network: nn.Module) -> Any:
     """The patch on a network, or None."""
     return vars(network).get(OWNER)

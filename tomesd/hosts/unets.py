@@ -33,8 +33,9 @@ class ImageFamily(Family):
         try:
             Argument(network, self.timestep, 1)
             for site in self.sites(network):
-                for module in (site.container, site.module):
-                    Argument(module, self.carrier or "", None if self.carrier else 0)
+                if self.carrier is not None:
+                    Argument(site.container, self.carrier)
+                    Argument(site.module, self.carrier)
         except ValueError as error:
             return str(error)
         return None

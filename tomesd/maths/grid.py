@@ -94,15 +94,19 @@ class Grid:
         """Position of each cell's dst, given its `offset` in `[0, sy * sx)` within the cell: `[b, cells]`."""
         y = torch.arange(self.rows, device=offset.device)[:, None] * self.sy
         x = torch.arange(self.columns, device=offset.device)[None, :] * self.sx
-        return (y * self.w + x).flatten() + offset // self.sx * self.w + offset % self.sx
+        return (y * self.w + x).flatten() + self._apart(offset)
+
+    def _apart(self, offset: Tensor) -> Tensor:
+        """How far from the top left token of a cell its token of this `offset` is."""
+        return offset // self.sx * self.w + offset % self.sx
 
     def draws(self, seed: int | None, device: torch.device | None = None) -> Draws:
         """What the dst of any step are drawn from: with a seed of None, always the top left ones."""
-        if seed is None:
-            return Draws(self.dst(torch.zeros(1, 1, dtype=torch.int64, device=device)))
-        drawn = cell_offsets(self.cells + SHIFTS, self.sy * self.sx, seed, 0, device)[0]
         corners = self.dst(torch.zeros(1, 1, dtype=torch.int64, device=device))
-        return Draws(corners, drawn // self.sx * self.w + drawn % self.sx)
+        if seed is None:
+            return Draws(corners)
+        drawn = cell_offsets(self.cells + SHIFTS, self.sy * self.sx, seed, 0, device)[0]
+        return Draws(corners, self._apart(drawn))
 
     def partition(self, dst: Tensor) -> Partition:
         """One dst in each cell, at its position `[b, cells]`; all other tokens are src."""

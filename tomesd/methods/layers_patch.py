@@ -228,16 +228,6 @@ class LayersPatch(Patch):
         return x.transpose(0, 1) if self.sequence_first else x
 
 
-def forget_copies(model: nn.Module) -> None:
-    """Takes off the empty hooks that copies of parts have brought into a model."""
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if is_copy(hook)]:
-                for name, table in vars(module).items():
-                    if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
-                        table.pop(key, None)
-
-
 class NetworkHooks(Hooks):
     """Looks for masks that are given to a network, and hands merged tokens from block to block."""
 

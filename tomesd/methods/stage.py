@@ -95,9 +95,10 @@ class Stage:
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         call, x = self.first.call_of(args, kwargs), self.first.tokens.get(args, kwargs)
         token_map = self.first.make_plan(x, call)
-        if call is None or token_map is None or token_map.is_identity:
-            if call is not None:
-                call.kept = None
+        if call is None:
+            return args, kwargs
+        call.kept = None
+        if token_map is None or token_map.is_identity:
             return args, kwargs
         for part in (module, *(submodule(module, path) for path in self.parts)):
             if part is not None:

@@ -6,11 +6,11 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from ..hosts.hooks import OWNER, patch_of, recompile
+from ..hosts.hooks import OWNER, patch_of, recompile, take_off
 from ..hosts.vits import checked, find_networks
 from ..maths.token_map import TokenMap
 from ..methods.layers import attach
-from ..methods.layers_patch import Holder, LayersPatch, MergeLayers, Metric, Mode, forget_copies
+from ..methods.layers_patch import Holder, LayersPatch, MergeLayers, Metric, Mode, is_copy
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -133,7 +133,7 @@ def remove_patch(model: Model) -> Model:
     """
     for patch in _patches_in(model):
         _detach(patch)
-    forget_copies(model)
+    take_off(model, is_copy)
     return model
 
 
@@ -175,7 +175,7 @@ def _apply(model: Model, package: str | None, method: MergeLayers) -> Model:
         raise
     for network in networks:
         _detach(patch_of(network.module))
-    forget_copies(model)
+    take_off(model, is_copy)
     # Networks of other packages in it keep their patches.
     others = vars(holder)["_tome_info"].patches if "_tome_info" in vars(holder) else []
     holder._tome_info = Holder(holder, [*others, *patches])  # what users of the ToMe package know it as
