@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..hosts.family import Site, submodule
+from ..hosts.family import Site
 from ..hosts.hooks import Args, Kwargs, Patch
 from ..hosts.image import BlockHooks
 from ..maths.moments import Missed, add_missed
@@ -44,13 +44,7 @@ class KeysMethod(Method, known=False):
             attn = site.module.get_submodule(site.block.attn.path)
             hooks = self.hooks(block, attn, site.block.attn, "attn", type(self).__name__, prop_attn=True)
             hooks.moments = self.moments
-            patch.before(attn, hooks.enter)
-            patch.after(attn, hooks.leave)
-            if hasattr(attn, "processor"):
-                for name, hook in zip(hooks.layers, (hooks.enter_keys, hooks.enter_values), strict=True):
-                    layer = submodule(attn, name)
-                    if layer is not None:
-                        patch.before(layer, hook)
+            hooks.attach(patch, attn)
 
     def left(self, h: int, w: int) -> int:
         return sample_size(h * w, self.ratio)
@@ -64,10 +58,10 @@ class FewerKeys(PartHooks):
 
     moments = 0
 
-    @property
-    def layers(self) -> tuple[str, str]:
-        """The layers of keys and of values."""
-        return self.part.layers[1:3]
+    def attach(self, patch: Patch, attn: nn.Module) -> None:
+        """Registers what it does there."""
+        patch.before(attn, self.enter)
+        patch.after(attn, self.leave)
 
     def takes(self, keys: Tensor, x: Tensor, token_map: TokenMap) -> bool:
         """Whether `keys`, which attention of the tokens `x` is given, are such that the map is about."""
@@ -89,9 +83,9 @@ class FewerKeys(PartHooks):
 
     def enter_unknown(
         self, attn: nn.Module, token_map: TokenMap, args: Args, kwargs: Kwargs
-    ) -> tuple[Args, Kwargs]:
-        """Gives an attention fewer keys whose processor is not known."""
-        raise NotImplementedError
+    ) -> tuple[Args, Kwargs] | None:
+        """Gives an attention fewer keys whose processor is not known; None: in the same way as others."""
+        return None
 
     def enter(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         own = self.block.own.get()
@@ -106,8 +100,9 @@ class FewerKeys(PartHooks):
                 f"tomesd: {self.name} computes queries, keys and values in one layer, which {self.method} "
                 "cannot tell apart: call unfuse_qkv_projections() first"
             )
-        if not self.is_plain(attn):
-            return self.enter_unknown(attn, token_map, args, kwargs)
+        unknown = None if self.is_plain(attn) else self.enter_unknown(attn, token_map, args, kwargs)
+        if unknown is not None:
+            return unknown
         keys = self.keys.get(args, kwargs)
         keys = x if keys is None else keys
         if not self.takes(keys, x, token_map):
@@ -122,31 +117,9 @@ class FewerKeys(PartHooks):
         args, kwargs = self.bias_keys(attn, token_map, args, kwargs)
         return self.put_keys(args, kwargs, keys, few, lambda values: self.keys_of(values, token_map))
 
-    def enter_keys(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        """Gives the layer of keys fewer tokens, inside of an attention that asks for it."""
-        own = self.block.own.get()
-        if own.sample is None or not (args and own.sample.fits(args[0])):
-            return None
-        own.keys += 1
-        return (own.sample.merge(args[0], "drop"), *args[1:]), kwargs
-
-    def enter_values(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        """Gives the layer of values as many: those that go with keys. Some attend to nothing (PAG)."""
-        own = self.block.own.get()
-        if own.sample is None or own.values >= own.keys:
-            return None
-        own.values += 1
-        return (own.sample.merge(args[0], "drop"), *args[1:]), kwargs
-
     def leave(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         own = self.block.own.get()
-        given, own.given, sample, own.sample = own.given, None, own.sample, None
-        if sample is not None and not own.values:
-            raise ValueError(
-                f"tomesd: {self.name} has the processor {type(attn.processor).__name__}, of which "
-                f"{self.method} could take no keys: it did not call {' and then '.join(self.layers)} with "
-                f"{sample.tokens} tokens. Use Merge"
-            )
+        given, own.given = own.given, None
         layers = None if given is None else self.layers_of(attn, given[0])
         if given is None or layers is None or own.map is None:
             return output

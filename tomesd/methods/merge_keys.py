@@ -84,16 +84,6 @@ class MergedKeys(FewerKeys):
     ) -> tuple[Args, Kwargs]:
         return self.merge_bias(attn, token_map, args, kwargs)
 
-    def enter_unknown(
-        self, attn: nn.Module, token_map: TokenMap, args: Args, kwargs: Kwargs
-    ) -> tuple[Args, Kwargs]:
-        if self.has_own_keys(args, kwargs):
-            return args, kwargs
-        few = self.keys_of(self.tokens.get(args, kwargs), token_map)
-        args, kwargs = self.bias_keys(attn, token_map, args, kwargs)  # an error for most
-        assert self.keys is not None
-        return self.keys.put(args, kwargs, few)
-
     def missed(self, x: Tensor, keys: Tensor, token_map: TokenMap) -> Missed:
         return missed_by_groups(x, keys, token_map)
 

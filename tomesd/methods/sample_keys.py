@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts.family import submodule
-from ..hosts.hooks import Args, Kwargs, hooks_before
+from ..hosts.hooks import Args, Kwargs, Patch, hooks_before
 from ..hosts.image import Image
 from ..maths.devices import is_traced
 from ..maths.moments import Missed, missed_by_sample
@@ -80,6 +80,19 @@ class SampleKeys(KeysMethod):
 class SampledKeys(FewerKeys):
     """One self-attention whose keys are a sample."""
 
+    @property
+    def layers(self) -> tuple[str, str]:
+        """The layers of keys and of values."""
+        return self.part.layers[1:3]
+
+    def attach(self, patch: Patch, attn: nn.Module) -> None:
+        super().attach(patch, attn)
+        if hasattr(attn, "processor"):
+            for name, hook in zip(self.layers, (self.enter_keys, self.enter_values), strict=True):
+                layer = submodule(attn, name)
+                if layer is not None:
+                    patch.before(layer, hook)
+
     def takes(self, keys: Tensor, x: Tensor, token_map: TokenMap) -> bool:
         return token_map.fits(keys)  # a sample serves all images of a size
 
@@ -114,6 +127,33 @@ class SampledKeys(FewerKeys):
         own = self.block.own.get()
         own.sample, own.keys, own.values = token_map, 0, 0
         return args, kwargs
+
+    def enter_keys(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Gives the layer of keys fewer tokens, inside of an attention that asks for it."""
+        own = self.block.own.get()
+        if own.sample is None or not (args and own.sample.fits(args[0])):
+            return None
+        own.keys += 1
+        return (own.sample.merge(args[0], "drop"), *args[1:]), kwargs
+
+    def enter_values(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Gives the layer of values as many: those that go with keys. Some attend to nothing (PAG)."""
+        own = self.block.own.get()
+        if own.sample is None or own.values >= own.keys:
+            return None
+        own.values += 1
+        return (own.sample.merge(args[0], "drop"), *args[1:]), kwargs
+
+    def leave(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
+        own = self.block.own.get()
+        sample, own.sample = own.sample, None
+        if sample is not None and not own.values:
+            raise ValueError(
+                f"tomesd: {self.name} has the processor {type(attn.processor).__name__}, of which "
+                f"{self.method} could take no keys: it did not call {' and then '.join(self.layers)} with "
+                f"{sample.tokens} tokens. Use Merge"
+            )
+        return super().leave(attn, args, kwargs, output)
 
     def missed(self, x: Tensor, keys: Tensor, token_map: TokenMap) -> Missed:
         return missed_by_sample(x, keys, token_map, self.moments)
