@@ -30,9 +30,7 @@ class Part:
     processors: tuple[str, ...] = ()  # classes of diffusers' processors that attend in the plain way
     biased: tuple[str, ...] = ()  # others that add a bias of keys, if their kernels can
     cache: str | None = None  # an attribute in which hosts keep its output for other steps
-    keepers: tuple[
-        str, ...
-    ] = ()  # others that keep the map of attention, which the host reads as of all tokens
+    keepers: tuple[str, ...] = ()  # others that keep a map of attention, which hosts read as of all tokens
     # What it costs is known by the layers that make its queries, keys and values, the one after attention,
     # and the attribute that is the number of its heads.
     layers: tuple[str, str, str, str] = ("to_q", "to_k", "to_v", "to_out")

@@ -13,13 +13,12 @@ _tables: dict[torch.device, list[Tensor]] = {}
 
 def up_to(n: int, device: torch.device) -> Tensor:
     """`torch.arange(n)`, to be read alone."""
-    traced = is_traced()
-    if torch.compiler.is_compiling() or traced:
+    if torch.compiler.is_compiling() or is_traced():
         return torch.arange(n, device=device)
     tables = _tables.setdefault(device, [])
     if not tables or len(tables[-1]) < n:
         with torch.inference_mode(False):  # or training could not use it afterwards
-            made = torch.arange(max(n, 1 << 14, *(2 * len(table) for table in tables)), device=device)
+            made = torch.arange(max(n, 2 * len(tables[-1]) if tables else 1 << 14), device=device)
         if type(made) is not Tensor:  # of FakeTensorMode, say
             return made[:n]
         tables.append(made)

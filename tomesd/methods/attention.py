@@ -34,7 +34,7 @@ def linear_map(layer: Any, x: Tensor, width: int) -> tuple[Tensor, Tensor | None
     return (layer(torch.eye(width, dtype=x.dtype, device=x.device)) - bias).mT, bias[0]
 
 
-def is_cached(module: nn.Module) -> str | None:
+def cache_of(module: nn.Module) -> str | None:
     """The cache of diffusers that a module is under, if any."""
     hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
     return next((cache for cache in CACHES if cache in hooks), None)
@@ -42,7 +42,7 @@ def is_cached(module: nn.Module) -> str | None:
 
 def refuse_caches(module: nn.Module, name: str, method: str) -> None:
     """Raises a ValueError where a cache would give back merged tokens of another step."""
-    cache = is_cached(module)
+    cache = cache_of(module)
     if cache is not None:
         raise ValueError(
             f"tomesd: {name} is cached by diffusers' {cache}, which gives back the tokens of another step: "
@@ -80,7 +80,7 @@ class PartHooks:
     def refuse(self, module: nn.Module, kwargs: Kwargs) -> None:
         """Raises a ValueError for what merged tokens cannot be used with."""
         refuse_caches(module, self.name, self.method)
-        if self.part.cache is not None and hasattr(module, self.part.cache):
+        if self.is_cached(module):
             raise ValueError(
                 f"tomesd: {self.name} keeps its output in `{self.part.cache}` (T-GATE does so), to be given "
                 f"back in another step, in which other tokens merge: use either that or {self.method}"
@@ -91,6 +91,11 @@ class PartHooks:
                 "tomesd: ip_adapter_masks belong to all tokens of the image and cannot be used with "
                 f"{self.method}: patch without it"
             )
+
+    def is_cached(self, module: nn.Module) -> bool:
+        """Whether what it returns may be of another step."""
+        own = self.part.cache is not None and hasattr(module, self.part.cache)
+        return own or cache_of(module) is not None
 
     def refuse_keepers(self, attn: nn.Module) -> None:
         """Raises a ValueError for processors that keep a map of attention."""

@@ -13,7 +13,7 @@ from ..hosts.image import BlockHooks
 from ..maths.moments import Missed, add_missed
 from ..maths.sampling import sample_size
 from ..maths.token_map import TokenMap, in_full_precision
-from .attention import PartHooks, is_cached
+from .attention import PartHooks
 from .cost import Work, work_of
 from .method import Method
 
@@ -111,8 +111,7 @@ class FewerKeys(PartHooks):
         values = self.given_values(args, kwargs)
         alone = keys is x and (values is None or values is x)
         # What a cache gives back is of another sample.
-        fresh = is_cached(attn) is None and not (self.part.cache and hasattr(attn, self.part.cache))
-        if self.moments and alone and fresh and self.mask(args, kwargs, token_map) is None:
+        if self.moments and alone and not self.is_cached(attn) and self.mask(args, kwargs, token_map) is None:
             own.given = x, few
         args, kwargs = self.bias_keys(attn, token_map, args, kwargs)
         return self.put_keys(args, kwargs, keys, few, lambda values: self.keys_of(values, token_map))
