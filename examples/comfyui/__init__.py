@@ -9,7 +9,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .patches import Merge, MergeKeys, Recipe, SampleKeys, patch
+try:
+    from tomesd.tools.patcher import Merge, MergeKeys, Recipe, SampleKeys, patch
+except ImportError as error:
+    raise ImportError(
+        "tomesd 1.0 is needed where this program runs, not the older one that pip finds: see docs/hosts.md"
+    ) from error
 
 METHODS = {"SampleKeys": SampleKeys, "Merge": Merge, "MergeKeys": MergeKeys}
 FINEST = "finest"

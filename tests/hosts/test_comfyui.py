@@ -8,11 +8,11 @@ import comfyui
 import pytest
 import torch
 import torch.nn.functional as F
-from comfyui.patches import Patches, patch
 from torch import nn
 
 import tomesd
 from tomesd import Merge, MergeKeys, Recipe, SampleKeys
+from tomesd.tools.patcher import Patches, patch
 
 WIDTH = 16
 

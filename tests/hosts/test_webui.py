@@ -34,8 +34,6 @@ def script(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", types.SimpleNamespace(**dict.fromkeys(names, Part)))
     scripts = types.SimpleNamespace(Script=object, AlwaysVisible=object())
     monkeypatch.setitem(sys.modules, "modules", types.SimpleNamespace(scripts=scripts))
-    monkeypatch.delitem(sys.modules, "tomesd_patches", raising=False)
-    monkeypatch.syspath_prepend(FOLDER)  # as web UIs do while they load a script
     return runpy.run_path(str(FOLDER / "scripts/tomesd_methods.py"))["Script"]()
 
 
@@ -106,15 +104,14 @@ def test_forge_draws_with_a_patched_clone(script, no_grad):
     assert p.extra_generation_params == {script.title(): "SampleKeys(0.5)"}
 
 
-def test_both_folders_hold_the_same_patches():
-    one, other = (FOLDER / "tomesd_patches.py", FOLDER.parent / "comfyui/patches.py")
-    assert one.read_text(encoding="utf-8") == other.read_text(encoding="utf-8")
-
-
-def test_an_older_tomesd_is_named(monkeypatch):
+@pytest.mark.usefixtures("script")
+@pytest.mark.parametrize("file", ["webui/scripts/tomesd_methods.py", "comfyui/__init__.py"])
+def test_an_older_tomesd_is_named(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "tomesd", types.ModuleType("tomesd"))
+    for name in [name for name in sys.modules if name.startswith("tomesd.")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"tomesd 1\.0 is needed where this program runs"):
-        runpy.run_path(str(FOLDER / "tomesd_patches.py"))
+        runpy.run_path(str(FOLDER.parent / file))
 
 
 class LatentDiffusion(torch.nn.Module):

@@ -10,10 +10,16 @@ from typing import Any
 
 import gradio as gr
 from modules import scripts
-from tomesd_patches import Merge, MergeKeys, Method, SampleKeys, patch
+
+try:
+    from tomesd.hosts.unets import find_networks
+    from tomesd.tools.patcher import Merge, MergeKeys, Method, SampleKeys, patch
+except ImportError as error:
+    raise ImportError(
+        "tomesd 1.0 is needed where this program runs, not the older one that pip finds: see docs/hosts.md"
+    ) from error
 
 import tomesd
-from tomesd.hosts.unets import find_networks
 
 METHODS = {"SampleKeys": SampleKeys, "Merge": Merge, "MergeKeys": MergeKeys}
 FINEST = "finest"

@@ -1,7 +1,6 @@
 """tomesd through a model patcher, as ComfyUI and Forge have one: patches of self-attention, for one clone.
 
-Nothing is put on the network, which all clones share. `examples/comfyui` and `examples/webui` each hold this
-file, so that either folder can be copied alone.
+Nothing is put on the network, which all clones share. `examples/comfyui` and `examples/webui` stand on this.
 
 A block calls `enter` with what goes into its self-attention, and `leave` with what came out. What these two
 share travels in the dict that the block gives both. What blocks share is kept for one step.
@@ -16,24 +15,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-try:
-    from tomesd import Merge, MergeKeys, MergeStage, Method, Recipe, SampleKeys, TokenMap
-except ImportError as error:
-    raise ImportError(
-        "tomesd 1.0 is needed where this program runs, not the older one that pip finds: see docs/hosts.md"
-    ) from error
-from tomesd.hosts.family import Network, Site
-from tomesd.hosts.hooks import PerThread
-from tomesd.hosts.image import Image
-from tomesd.hosts.unets import FAMILIES
-from tomesd.maths.attention import key_bias
-from tomesd.maths.linear import unmerge_linear
-from tomesd.maths.moments import Layers, add_missed, missed_by_groups, missed_by_sample
-from tomesd.maths.token_map import in_full_precision
-from tomesd.methods.attention import linear_map
-from tomesd.methods.choice import ByKey, UpTo
+from ..hosts.family import Network, Site
+from ..hosts.hooks import PerThread
+from ..hosts.image import Image
+from ..hosts.unets import FAMILIES
+from ..maths.attention import key_bias
+from ..maths.linear import unmerge_linear
+from ..maths.moments import Layers, add_missed, missed_by_groups, missed_by_sample
+from ..maths.token_map import TokenMap, in_full_precision
+from ..methods.attention import linear_map
+from ..methods.choice import ByKey, UpTo
+from ..methods.merge import Merge
+from ..methods.merge_keys import MergeKeys
+from ..methods.method import Method
+from ..methods.recipe import Recipe
+from ..methods.sample_keys import SampleKeys
+from ..methods.stage import MergeStage
 
 # ComfyUI and Forge keep CompVis' layout of a UNet.
 UNET = next(family for family in FAMILIES if "UNetModel" in family.networks)
@@ -98,7 +97,7 @@ class Step:
 class Kept:
     """What is known of self-attention of a block while it runs."""
 
-    method: Method
+    method: Any
     site: Site
     map: TokenMap
     x: Tensor  # the tokens [B, N, C]
@@ -147,6 +146,7 @@ class Patches:
         if image is None or not n.shape[:2] == k.shape[:2] == v.shape[:2]:
             return n, k, v
         assert method is not None
+        assert site is not None
         token_map = method.plan(n, image)
         if token_map.is_identity:
             return n, k, v
@@ -194,7 +194,8 @@ class Patches:
         plain = not args and not kwargs.get("skip_reshape") and kwargs.get("mask") is None
         if bias is None or not plain or k.shape[1] != bias.shape[-1] or k.shape[0] != q.shape[0]:
             other = (attention,) if self.other is None else (self.other, attention)
-            return other[0](*other[1:], q, k, v, heads, *args, **kwargs)
+            out: Tensor = other[0](*other[1:], q, k, v, heads, *args, **kwargs)
+            return out
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
@@ -233,7 +234,7 @@ class Patches:
         return step
 
 
-def _layers(attn: nn.Module, site: Site, x: Tensor) -> Layers:
+def _layers(attn: Any, site: Site, x: Tensor) -> Layers:
     """The weights of an attention, whatever the host has made of its layers."""
     part = site.block.attn
     q, k, v, out = (attn.get_submodule(name) for name in part.layers)
@@ -256,7 +257,7 @@ def _check(method: Method, weighs: bool) -> None:
         )
 
 
-def _sites(unet: nn.Module) -> tuple[Site, ...]:
+def _sites(unet: Any) -> tuple[Site, ...]:
     """The blocks of a UNet that work on an image; others, as a video's in time, get other tokens."""
     return tuple(site for site in UNET.sites(unet) if "transformer_blocks" in site.name.split("."))
 
@@ -268,7 +269,7 @@ def _place(site: Site) -> Place:
     return kind, 0 if kind == "middle" else int(number), int(index)
 
 
-def _renamed(recipe: Recipe, unet: nn.Module) -> dict[str, Method]:
+def _renamed(recipe: Recipe, unet: Any) -> dict[str, Method]:
     """A recipe by the names of blocks in CompVis' layout."""
     names = _names_in_diffusers(unet.num_res_blocks)
     renamed = {}
