@@ -92,7 +92,7 @@ class SpatialTransformer(nn.Module):
         return x + y.mT.unflatten(2, x.shape[2:])
 
 
-class UNetModel(nn.Module):
+class OfCompVis(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.input_blocks = nn.ModuleList([SpatialTransformer()])
@@ -104,6 +104,10 @@ class UNetModel(nn.Module):
 
     def blocks(self) -> list[BasicTransformerBlock]:
         return [module for module in self.modules() if isinstance(module, BasicTransformerBlock)]
+
+
+class UNetModel(OfCompVis):
+    pass
 
 
 def network(how: str = "plain") -> UNetModel:
@@ -144,21 +148,55 @@ Block = type("BasicTransformerBlock", (BasicTransformerBlock,), {"forward": _blo
 Transformer = type("Transformer2DModel", (SpatialTransformer,), {"forward": _transformer})
 
 
+def _transformer_of_kohya() -> SpatialTransformer:
+    made = Transformer()
+    made.transformer_blocks = nn.ModuleList([Block(), Block()])
+    for block in made.transformer_blocks:
+        block.attn1, block.attn2 = Attention(), Attention()
+    return made
+
+
 class UNet2DConditionModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.down_blocks, self.up_blocks = nn.ModuleList([Transformer()]), nn.ModuleList()
-        self.mid_block = Transformer()
-        for container in (self.down_blocks[0], self.mid_block):
-            container.transformer_blocks = nn.ModuleList([Block(), Block()])
-            for block in container.transformer_blocks:
-                block.attn1, block.attn2 = Attention(), Attention()
+        self.down_blocks, self.up_blocks = nn.ModuleList([_transformer_of_kohya()]), nn.ModuleList()
+        self.mid_block = _transformer_of_kohya()
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         x = self.down_blocks[0](sample, encoder_hidden_states=encoder_hidden_states)
         return self.mid_block(x, encoder_hidden_states)
 
 
-def kohya() -> UNet2DConditionModel:
+class SdxlUNet2DConditionModel(nn.Module):
+    """In CompVis' layout, of lists of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_blocks = nn.ModuleList([nn.ModuleList([_transformer_of_kohya()])])
+        self.middle_block = nn.ModuleList([_transformer_of_kohya()])
+        self.output_blocks = nn.ModuleList()
+
+    def forward(self, x: Tensor, timesteps: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        for layer in (*self.input_blocks[0], *self.middle_block):
+            x = layer(x, context)
+        return x
+
+
+def made(kind: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    return UNet2DConditionModel().requires_grad_(False)
+    return kind().requires_grad_(False)
+
+
+def kohya() -> nn.Module:
+    return made(UNet2DConditionModel)
+
+
+# Stand-ins of the networks in the rows that are in no package.
+IN_NO_PACKAGE = {
+    "UNet2DConditionModel": kohya,
+    "SdxlUNet2DConditionModel": lambda: made(SdxlUNet2DConditionModel),
+    **{
+        name: lambda name=name: made(type(name, (OfCompVis,), {}))
+        for name in ("VideoUNet", "IntegratedUNet2DConditionModel")
+    },
+}

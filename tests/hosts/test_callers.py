@@ -14,9 +14,11 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import (
     CrossFrameAttnProcessor2_0,
 )
+from subjects import traces
 
 import tomesd
 from tomesd import Merge, MergeKeys, MergeStage, SampleKeys
+from tomesd.hosts.unets import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 N, HALF, SAMPLED = 192, 96, 48
@@ -269,6 +271,27 @@ def test_a_block_of_diffusers_may_have_a_forward_of_its_own(method):
         warnings.simplefilter("ignore")
         out = case(unet)
     assert 0 < (out - plain).norm() < 0.5 * plain.norm()
+
+
+@pytest.mark.parametrize("name", acting.IN_NO_PACKAGE)
+def test_networks_that_are_in_no_package_keep_the_laws_of_a_patch(name):
+    net = acting.IN_NO_PACKAGE[name]()
+    plain = call(net)
+    for kind in (Merge, SampleKeys, MergeStage):
+        tomesd.apply_patch(net, kind(0))
+        assert torch.equal(call(net), plain)
+        tomesd.apply_patch(net, kind(0.5))
+        assert 0 < (call(net) - plain).norm() < plain.norm()
+        tomesd.remove_patch(net)
+        assert torch.equal(call(net), plain)
+        assert traces(net) == []
+
+
+def test_each_network_of_a_row_has_a_case():
+    known = set(acting.IN_NO_PACKAGE)
+    for case in tiny.CASES.values():
+        known |= {kind.__name__ for module in case.build().modules() for kind in type(module).__mro__}
+    assert {name for row in FAMILIES for name in row.networks} <= known
 
 
 @pytest.mark.parametrize("method", [ALL, SampleKeys(), MergeStage()], ids=str)
