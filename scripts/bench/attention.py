@@ -16,7 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import dinov2
 import torch
@@ -28,7 +28,7 @@ from tomesd.commands.pipelines import EMOJI_MODEL
 from tomesd.hosts.image import Image
 from tomesd.maths import linear
 from tomesd.maths.attention import key_bias
-from tomesd.maths.moments import Layers, add_missed, missed_by_groups, missed_by_sample
+from tomesd.maths.probes import add_missed
 from tomesd.maths.token_map import TokenMap
 from tomesd.methods.merge import Merge
 from tomesd.methods.merge_keys import MergeKeys
@@ -40,6 +40,18 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
 SIDE = 672
 STEPS = (0, 3, 6, 9)
 PROMPTS = ("cat face", "pizza", "rocket", "owl")
+
+
+class Layers(NamedTuple):
+    """The weights of an attention, which is `softmax(scale * q k') v` in each head between linear layers."""
+
+    q: Tensor  # [heads * D, C]
+    q_bias: Tensor | None  # [heads * D]
+    k: Tensor  # [heads * D, C]
+    v: Tensor  # [heads * D, C]
+    out: Tensor  # [E, heads * D]
+    heads: int
+    scale: float
 
 
 @dataclass
@@ -66,11 +78,23 @@ class Case:
         y = F.scaled_dot_product_attention(*heads, attn_mask=bias, scale=w.scale)
         return F.linear(y.transpose(1, 2).flatten(2), w.out, self.biases[2])
 
+    @property
+    def image(self) -> Image:
+        return Image(self.h, self.w, float(self.step))
+
     def plan(self, method: Any) -> TokenMap:
         """Which tokens merge; those before the patches of the image do not."""
-        found = method.plan(self.block[:, self.prefix :], Image(self.h, self.w, float(self.step)))
+        found = method.plan(self.block[:, self.prefix :], self.image)
         first = torch.arange(self.prefix).expand(found.index.shape[0], -1)
         return TokenMap(*(torch.cat([first, part + self.prefix], 1) for part in (found.index, found.keep)))
+
+    def whole(self, y: Tensor, method: SampleKeys | MergeKeys) -> Tensor:
+        """Adds what fewer keys missed, learned from probes."""
+        probes = method.probes_of(self.image)
+        if probes is None:
+            return y
+        probes = probes + self.prefix
+        return add_missed(y, self.x, probes, self.attend(self.x[:, probes[0]], self.x))
 
 
 Way = Callable[[Case, float], Tensor]
@@ -83,31 +107,25 @@ def merge(case: Case, ratio: float, unmerge: Any = None, weigh: bool = True) -> 
     return token_map.unmerge(y) if unmerge is None else unmerge(token_map, case.x, merged, y)
 
 
-def sample(case: Case, ratio: float, moments: int) -> Tensor:
-    chosen = case.plan(SampleKeys(ratio))
-    keys = chosen.merge(case.x, "drop")
-    y = case.attend(case.x, keys)
-    return (
-        add_missed(y, case.x, missed_by_sample(case.x, keys, chosen, moments), case.layers) if moments else y
-    )
+def sample(case: Case, ratio: float, probes: int = 128) -> Tensor:
+    method = SampleKeys(ratio, probes=probes)
+    return case.whole(case.attend(case.x, case.plan(method).merge(case.x, "drop")), method)
 
 
-def merge_keys(case: Case, ratio: float, moments: int) -> Tensor:
-    token_map = case.plan(MergeKeys(ratio))
-    keys = token_map.merge(case.x)
-    y = case.attend(case.x, keys, token_map.sizes)
-    return add_missed(y, case.x, missed_by_groups(case.x, keys, token_map), case.layers) if moments else y
+def merge_keys(case: Case, ratio: float, probes: int = 128) -> Tensor:
+    method = MergeKeys(ratio, probes=probes)
+    token_map = case.plan(method)
+    return case.whole(case.attend(case.x, token_map.merge(case.x), token_map.sizes), method)
 
 
 WAYS: dict[str, Way] = {
     'Merge, prop_attn=False, unmerge="copy"': lambda case, ratio: merge(case, ratio, weigh=False),
     'Merge, unmerge="copy"': merge,
     "Merge": lambda case, ratio: merge(case, ratio, linear.unmerge_linear),
-    "SampleKeys, moments=0": lambda case, ratio: sample(case, ratio, 0),
-    "SampleKeys, moments=1": lambda case, ratio: sample(case, ratio, 1),
-    "SampleKeys": lambda case, ratio: sample(case, ratio, 2),
-    "MergeKeys, moments=0": lambda case, ratio: merge_keys(case, ratio, 0),
-    "MergeKeys": lambda case, ratio: merge_keys(case, ratio, 2),
+    "SampleKeys, probes=0": lambda case, ratio: sample(case, ratio, 0),
+    "SampleKeys": sample,
+    "MergeKeys, probes=0": lambda case, ratio: merge_keys(case, ratio, 0),
+    "MergeKeys": merge_keys,
 }
 
 

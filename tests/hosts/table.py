@@ -36,7 +36,7 @@ class Row:
         cells: one for each method, or one for all.
         says: what the error of a `NO` says.
         same: whether it leaves the numbers as they are, but for rounding.
-        bare: whether methods do without sizes of keys and without moments there.
+        bare: whether methods do without sizes of keys and without probes there.
         pixart: whether it is tried on PixArt, as it does not fit UNets.
         tests: tests elsewhere that try it, as `file::test`.
         note: what else the table says.
@@ -87,7 +87,7 @@ ROWS = (
         on.tgate,
         (NO, YES, YES, NO),
         "T-GATE|cached|another step",
-        note="it keeps attention's output, which is of merged tokens; its moments are of another sample",
+        note="it keeps attention's output, which is of merged tokens; its probes are of another sample",
     ),
     Row("guidance off from a step on", tests=("hosts/test_composition.py::test_guidance_may_end_early",)),
     Row(
@@ -173,7 +173,7 @@ ROWS = (
         "processor Unknown, of which it is not known",
         same=True,
         bare=True,
-        note="without sizes and moments, as nobody knows what it does with them",
+        note="without sizes and probes, as nobody knows what it does with them",
         tests=(CALLERS + "test_cross_frame_attention_stays_that",),
     ),
     Row(
@@ -188,7 +188,7 @@ ROWS = (
         lambda net: net.set_attn_processor(XFormersAttnProcessor()),
         same=True,
         bare=True,
-        note="real processor, stand-in for its kernel; `MergeKeys` alone gives it a bias; without moments",
+        note="real processor, stand-in for its kernel; `MergeKeys` alone gives it a bias",
         tests=(PIPES + "test_xformers_processor",),
     ),
     Row(

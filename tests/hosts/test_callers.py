@@ -29,26 +29,26 @@ ALL = Merge(parts=("attn", "cross", "mlp"))
     ("how", "method", "seen", "changes"),
     [
         ("keys and values", Merge(), [(HALF, HALF)], True),
-        ("keys and values", SampleKeys(), [(N, SAMPLED)], True),
+        ("keys and values", SampleKeys(probes=0), [(N, SAMPLED)], True),
         ("keys by position", Merge(), [(HALF, HALF)], True),
-        ("keys by position", SampleKeys(), [(N, SAMPLED)], True),
+        ("keys by position", SampleKeys(probes=0), [(N, SAMPLED)], True),
         ("values of others", Merge(), [(HALF, HALF)], True),
-        ("values of others", SampleKeys(), [(N, SAMPLED)], True),
+        ("values of others", SampleKeys(probes=0), [(N, SAMPLED)], True),
         ("keys of others", Merge(), [(HALF, N)], True),
-        ("keys of others", SampleKeys(), [(N, SAMPLED)], True),
+        ("keys of others", SampleKeys(probes=0), [(N, SAMPLED)], True),
         ("more keys", Merge(), [(HALF, 2 * N)], True),
-        ("more keys", SampleKeys(), [(N, 2 * N)], False),
+        ("more keys", SampleKeys(probes=0), [(N, 2 * N)], False),
         ("twice", Merge(), [(HALF, HALF)] * 2, True),
-        ("twice", SampleKeys(), [(N, SAMPLED)] * 2, True),
+        ("twice", SampleKeys(probes=0), [(N, SAMPLED)] * 2, True),
         ("a half again", Merge(), [(HALF, HALF), (N, N)], True),
-        ("a half again", SampleKeys(), [(N, SAMPLED), (N, N)], True),
+        ("a half again", SampleKeys(probes=0), [(N, SAMPLED), (N, N)], True),
         ("as one sequence", Merge(), [(2 * N, 2 * N)], False),
-        ("as one sequence", SampleKeys(), [(2 * N, 2 * N)], False),
+        ("as one sequence", SampleKeys(probes=0), [(2 * N, 2 * N)], False),
         ("windows", Merge(), [(N // 2, N // 2)], False),
-        ("windows", SampleKeys(), [(N // 2, N // 2)], False),
+        ("windows", SampleKeys(probes=0), [(N // 2, N // 2)], False),
         ("never", ALL, [], True),
         ("without its norm", Merge(), [(HALF, HALF)], True),
-        ("without its norm", SampleKeys(), [(N, SAMPLED)], True),
+        ("without its norm", SampleKeys(probes=0), [(N, SAMPLED)], True),
     ],
     ids=str,
 )
@@ -68,7 +68,7 @@ def test_a_call_is_merged_where_it_is_about_the_tokens_and_else_left_as_it_is(ho
 
 
 @pytest.mark.parametrize(
-    "method", [ALL, Merge(unmerge="copy"), SampleKeys(), SampleKeys(moments=1), MergeStage()], ids=str
+    "method", [ALL, Merge(unmerge="copy"), SampleKeys(), SampleKeys(probes=8), MergeStage()], ids=str
 )
 def test_how_the_tokens_are_handed_over_makes_no_difference(method):
     outputs = []
@@ -221,14 +221,14 @@ def test_an_adapter_that_comes_later_is_seen_where_it_matters():
         pass
 
     unet, case = tiny.small_unet(), tiny.CASES["sd"]
-    tomesd.apply_patch(unet, SampleKeys(moments=0))
+    tomesd.apply_patch(unet, SampleKeys(probes=0))
     for attn in (module.attn1 for module in unet.modules() if hasattr(module, "attn1")):
         attn.to_k = torch.nn.Sequential(attn.to_k)
     plain = case(unet)
     unet.set_attn_processor(Unknown())
     with pytest.raises(ValueError, match=r"to_k of .*attn1 was replaced after apply_patch, .* patch again"):
         case(unet)
-    tomesd.apply_patch(unet, SampleKeys(moments=0))
+    tomesd.apply_patch(unet, SampleKeys(probes=0))
     torch.testing.assert_close(case(unet), plain, atol=1e-5, rtol=1e-4)
 
 
@@ -294,14 +294,14 @@ def test_each_network_of_a_row_has_a_case():
     assert {name for row in FAMILIES for name in row.networks} <= known
 
 
-@pytest.mark.parametrize("method", [ALL, SampleKeys(), MergeStage()], ids=str)
+@pytest.mark.parametrize("method", [ALL, SampleKeys(probes=0), MergeStage()], ids=str)
 def test_networks_of_one_name_are_told_apart_by_how_they_are_called(method):
     net = acting.kohya()
     plain, attn = call(net), net.down_blocks[0].transformer_blocks[0].attn1
     tomesd.apply_patch(net, method)
     attn.seen.clear()
     out = call(net)
-    assert attn.seen == [(N, SAMPLED) if method == SampleKeys() else (HALF, HALF)]
+    assert attn.seen == [(N, SAMPLED) if method == SampleKeys(probes=0) else (HALF, HALF)]
     assert 0 < (out - plain).norm() < 0.5 * plain.norm()
     tomesd.remove_patch(net)
     assert torch.equal(call(net), plain)

@@ -167,7 +167,7 @@ def test_ratio_0_is_plain_to_the_bit_and_the_network_stays_so(plain, method):
 @pytest.mark.parametrize(
     "method",
     [
-        SampleKeys(0.5, moments=0),
+        SampleKeys(0.5, probes=0),
         SampleKeys(0.7, seed=3),
         Merge(0.5, prop_attn=False),
         Merge(0.6, ("attn",), 3, 2, None, "exact", False, "copy"),
@@ -182,7 +182,7 @@ def test_it_draws_what_apply_patch_draws(plain, method, size):
 
 
 def test_sampled_keys_are_slices_of_all_to_the_bit(plain):
-    sampled = patch(plain, SampleKeys(0.5, moments=0))
+    sampled = patch(plain, SampleKeys(0.5, probes=0))
     sliced = plain.clone()
 
     def slices(n, k, v, options):
@@ -334,10 +334,10 @@ def test_attention_of_another_node_still_attends(plain):
     )
     assert not torch.equal(other(), plain())
     assert torch.equal(patch(other, Merge(0.0), weighs=True).clone()(), other())
-    out = patch(other, SampleKeys(0.5, moments=0), weighs=True)()
+    out = patch(other, SampleKeys(0.5, probes=0), weighs=True)()
     expected = other.clone()
     expected.set_model_attn1_patch(
-        patch(plain, SampleKeys(0.5, moments=0)).model_options["transformer_options"]["patches"][
+        patch(plain, SampleKeys(0.5, probes=0)).model_options["transformer_options"]["patches"][
             "attn1_patch"
         ][0]
     )

@@ -57,8 +57,8 @@ def reference(row: Row) -> list[torch.Tensor]:
 
 
 def without_extras(method: tomesd.Method) -> tomesd.Method:
-    """A method without sizes of keys and moments."""
-    off = {"prop_attn": False, "moments": 0}
+    """A method without sizes of keys and probes."""
+    off = {"prop_attn": False, "probes": 0}
     given = method.to_dict()
     return type(method).from_dict({**given, **{name: off[name] for name in given if name in off}})
 

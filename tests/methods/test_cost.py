@@ -26,7 +26,7 @@ def test_sampling_saves_what_explain_says():
         return counter.get_total_flops()
 
     plain = count()
-    tomesd.apply_patch(unet, tomesd.SampleKeys(0.5, moments=0))
+    tomesd.apply_patch(unet, tomesd.SampleKeys(0.5, probes=0))
     table = tomesd.explain(unet, 128)
     saved = sum(row.flops * row.saved for row in table.rows)
     assert [row.after for row in table.rows if row.left_alone is None] == [64, 64, 64]

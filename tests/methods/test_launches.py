@@ -67,10 +67,9 @@ def added():
         (Merge(unmerge="copy", prop_attn=False), 140),  # tomesd 0.1.3 adds 140
         (Merge(), 280),
         (Merge(0.75), 240),
-        (SampleKeys(moments=0), 10),
-        (SampleKeys(moments=1), 50),
-        (SampleKeys(), 170),
-        (MergeKeys(), 260),
+        (SampleKeys(probes=0), 10),
+        (SampleKeys(), 215),  # 8 of these a block are of attention, which this device takes apart
+        (MergeKeys(), 400),
         (MergeStage(), 180),
     ],
     ids=str,

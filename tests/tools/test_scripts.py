@@ -13,7 +13,6 @@ from diffusers.models.attention_processor import Attention
 
 from tomesd.commands import memory, models
 from tomesd.commands.common import smooth
-from tomesd.maths.moments import Layers
 
 
 def test_what_a_step_costs_is_counted():
@@ -25,7 +24,7 @@ def test_what_a_step_costs_is_counted():
     own = 2 * 4 * (6 * n**2 * 16 + 2 * (n // 4) ** 2 * 32)
     text = 2 * 4 * 77 * (6 * n * 16 + 2 * (n // 4) * 32)
     assert plain.attention == own + text
-    assert merged.attention == own // 16 + text
+    assert merged.attention == 2 * (own // 16) + text  # a sixteenth of the keys, and as many probes
     assert merged.conv == plain.conv
     assert 0 < count.count(network, "4k-stage", setting).matrices < merged.matrices
     # At least the two halves of what the first feed-forward makes, and its input.
@@ -70,7 +69,7 @@ def test_each_method_errs_as_it_should_on_an_attention(prefix):
     block = torch.cat([torch.randn(2, prefix, 16), block], 1)
     x = torch.nn.functional.layer_norm(block, (16,))
     out = attn.to_out[0]
-    layers = Layers(
+    layers = attention.Layers(
         attn.to_q.weight, attn.to_q.bias, attn.to_k.weight, attn.to_v.weight, out.weight, 2, 8**-0.5
     )
     biases = attn.to_k.bias, attn.to_v.bias, out.bias
@@ -81,8 +80,8 @@ def test_each_method_errs_as_it_should_on_an_attention(prefix):
     assert all(0 < error < 1 for (error,) in errors.values())
     error = {name: error for (_, _, name), (error,) in errors.items()}
     assert error["Merge"] < error['Merge, unmerge="copy"']
-    assert error["SampleKeys"] < error["SampleKeys, moments=0"]
-    assert error["MergeKeys"] < error["MergeKeys, moments=0"]
+    assert error["SampleKeys"] < error["SampleKeys, probes=0"]
+    assert error["MergeKeys"] < error["MergeKeys, probes=0"]
 
 
 def test_a_vision_transformer_is_timed_in_each_way(tmp_path, capsys):

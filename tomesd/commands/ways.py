@@ -182,9 +182,9 @@ WAYS: Ways = {
     ),
     "keys": own("SampleKeys: all queries, and a sample of the keys", "k", SampleKeys, block=True),
     "keys-alone": own(
-        "SampleKeys(moments=0, replacement=True): nothing but a sample",
+        "SampleKeys(probes=0, replacement=True): nothing but a sample",
         "0.4",
-        partial(SampleKeys, moments=0, replacement=True),
+        partial(SampleKeys, probes=0, replacement=True),
         block=True,
     ),
     "merge-keys": own("MergeKeys: all queries, and merged keys", "C2", MergeKeys, block=True),

@@ -263,7 +263,7 @@ class BlockCall:
     call: Call | None = None  # of its container
     map: TokenMap | None = None  # the plan
     planned: Call | None = None  # the container's call that this plan is for
-    given: tuple[Tensor, Tensor] | None = None  # tokens of the part that runs, as they were and merged
+    given: Any = None  # what a method keeps of a part while it runs
     sample: TokenMap | None = None  # the keys that the attention that runs is to make
     keys: int = 0  # how often its layer of keys has been given them
     values: int = 0  # and that of values

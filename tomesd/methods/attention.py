@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..hosts.family import Part, submodule
+from ..hosts.family import Part
 from ..hosts.hooks import Args, Argument, Kwargs
 from ..hosts.image import BlockHooks
 from ..maths.attention import key_bias
-from ..maths.moments import Layers
 from ..maths.token_map import TokenMap
 
 # Caches of diffusers that give attention's output of another step, which has other merged tokens.
@@ -20,18 +17,6 @@ CACHES = (
     *("pyramid_attention_broadcast", "faster_cache_block", "taylorseer_cache"),
     *("fbc_leader_block_hook", "mag_cache_leader_block_hook"),
 )
-
-
-def linear_map(layer: Any, x: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer of `width` inputs that is linear, whatever it is made of."""
-    if isinstance(layer, nn.ModuleList | nn.Sequential):
-        layer = layer[0]  # dropout comes after it
-    # Adapters, quantization and offload have other weights, or keep them elsewhere until they are called.
-    own = type(layer) is nn.Linear and "forward" not in vars(layer) and layer.weight.device == x.device
-    if own and type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.dtype.itemsize > 1:
-        return layer.weight, layer.bias
-    bias = layer(x.new_zeros(1, width))
-    return (layer(torch.eye(width, dtype=x.dtype, device=x.device)) - bias).mT, bias[0]
 
 
 def cache_of(module: nn.Module) -> str | None:
@@ -112,6 +97,10 @@ class PartHooks:
         processor = getattr(attn, "processor", None)
         return processor is None or type(processor).__name__ in self.part.processors
 
+    def only_attends(self, attn: nn.Module) -> bool:
+        """Whether an attention is known to do nothing but attend, with or without a bias of its keys."""
+        return self.is_plain(attn) or type(attn.processor).__name__ in self.part.biased
+
     def weighs(self, attn: nn.Module) -> bool:
         """Whether its keys are to count as often as tokens have merged into them.
 
@@ -130,21 +119,6 @@ class PartHooks:
                 f"{', '.join(self.part.processors + self.part.biased)}; Merge() and SampleKeys() need none"
             )
         return bool(self.prop_attn)
-
-    def layers_of(self, attn: nn.Module, x: Tensor) -> Layers | None:
-        """The weights of an attention, for tokens as `x`, if it is known to do nothing but attend."""
-        names, heads = self.part.layers, getattr(attn, self.part.heads, None)
-        others = [name for name, _ in attn.named_children() if name not in names]  # norms of keys, say
-        rescaled = getattr(attn, "rescale_output_factor", 1) != 1 or getattr(
-            attn, "residual_connection", False
-        )
-        found = [submodule(attn, name) for name in names]
-        if not self.is_plain(attn) or others or rescaled or heads is None or None in found:
-            return None
-        (q, bias), (k, _), (v, _) = (linear_map(layer, x, x.shape[-1]) for layer in found[:3])
-        out, _ = linear_map(found[3], x, v.shape[0])
-        scale = getattr(attn, "scale", None) or (q.shape[0] // heads) ** -0.5
-        return Layers(q, bias, k, v, out, heads, scale)
 
     def has_own_keys(self, args: Args, kwargs: Kwargs) -> bool:
         """Whether keys are taken from other tokens already; some hosts hand over the tokens themselves."""

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..hosts.family import Site
 from ..hosts.hooks import Args, Kwargs, Patch
-from ..hosts.image import BlockHooks
-from ..maths.moments import Missed, add_missed
-from ..maths.sampling import sample_size
-from ..maths.token_map import TokenMap, in_full_precision
+from ..hosts.image import BlockHooks, Image
+from ..maths.probes import add_missed
+from ..maths.sampling import Samples, how_many, sample_size, sample_tokens
+from ..maths.token_map import TokenMap, _take
 from .attention import PartHooks
 from .cost import Work, work_of
 from .method import Method
+
+# Tokens for each probe: so that probes cost little beside what they look at.
+LEAST = 16
+
+
+def sample(image: Image, left: int, seed: int | None, salt: int = 0, in_turns: bool = True) -> TokenMap:
+    """A sample of so many tokens of an image, spread evenly and new in each step but for a seed of None.
+
+    `in_turns`: where it is known which step of a loop this is, no step draws what some before it have drawn.
+    """
+    size, device = (image.h, image.w, left), image.device
+    number = image.number if in_turns else None
+    salted, turns = (seed or 0) + salt, number is not None
+    # Programs of torch.compile draw where others look up, as they would make the whole table anew.
+    if torch.compiler.is_compiling():
+        row = 0 if seed is None else image.shift % how_many(image.h * image.w)
+        return image.once(("sample", size, salted), lambda: sample_tokens(*size, salted, row, device))
+    key = "samples", size, salted, turns
+    samples = image.always(key, lambda: Samples.of(*size, salted, turns, device))
+    if seed is None:
+        return samples[0]
+    row = (image.shift if number is None else number) % how_many(image.h * image.w)
+    return image.once(("sample", *key), lambda: samples[row])
 
 
 class KeysMethod(Method, known=False):
     """A method that leaves queries and gives self-attention fewer keys: `SampleKeys` and `MergeKeys`."""
 
-    moments: int
+    seed: int | None
+    probes: int
     hooks: ClassVar[type[FewerKeys]]
 
     def why_skipped(self, site: Site) -> str | None:
@@ -43,11 +68,17 @@ class KeysMethod(Method, known=False):
             block.plan_by_input(site)
             attn = site.module.get_submodule(site.block.attn.path)
             hooks = self.hooks(block, attn, site.block.attn, "attn", type(self).__name__, prop_attn=True)
-            hooks.moments = self.moments
+            hooks.probes_of = self.probes_of
             hooks.attach(patch, attn)
 
     def left(self, h: int, w: int) -> int:
         return sample_size(h * w, self.ratio)
+
+    def probes_of(self, image: Image) -> Tensor | None:
+        """Positions `[1 or B, P]` of the tokens that attend to all keys, other ones in each step; or None."""
+        probes = min(self.probes, image.h * image.w // LEAST)
+        # Not by the seed of the keys: a sample of probes that are all keys would flatter it.
+        return sample(image, probes, self.seed, -1).keep if probes else None
 
     def work(self, sites: Sequence[Site]) -> Work:
         return work_of(sites, ("attn",), queries="all", merges=0)
@@ -56,7 +87,7 @@ class KeysMethod(Method, known=False):
 class FewerKeys(PartHooks):
     """One self-attention that takes keys and values from fewer tokens than its own."""
 
-    moments = 0
+    probes_of: Callable[[Image], Tensor | None]
 
     def attach(self, patch: Patch, attn: nn.Module) -> None:
         """Registers what it does there."""
@@ -75,10 +106,6 @@ class FewerKeys(PartHooks):
         self, attn: nn.Module, token_map: TokenMap, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs]:
         """Makes what is added to the logits of all keys into what those that are left are to have."""
-        raise NotImplementedError
-
-    def missed(self, x: Tensor, keys: Tensor, token_map: TokenMap) -> Missed:
-        """What moments of the keys that are left miss of those of all."""
         raise NotImplementedError
 
     def enter_unknown(
@@ -100,7 +127,7 @@ class FewerKeys(PartHooks):
                 f"tomesd: {self.name} computes queries, keys and values in one layer, which {self.method} "
                 "cannot tell apart: call unfuse_qkv_projections() first"
             )
-        unknown = None if self.is_plain(attn) else self.enter_unknown(attn, token_map, args, kwargs)
+        unknown = None if self.only_attends(attn) else self.enter_unknown(attn, token_map, args, kwargs)
         if unknown is not None:
             return unknown
         keys = self.keys.get(args, kwargs)
@@ -110,17 +137,22 @@ class FewerKeys(PartHooks):
         few = self.keys_of(keys, token_map)
         values = self.given_values(args, kwargs)
         alone = keys is x and (values is None or values is x)
+        alone = alone and self.mask(args, kwargs, token_map) is None
         # What a cache gives back is of another sample.
-        if self.moments and alone and not self.is_cached(attn) and self.mask(args, kwargs, token_map) is None:
-            own.given = x, few
+        if alone and own.call is not None and self.only_attends(attn) and not self.is_cached(attn):
+            own.given = args, kwargs, x, self.probes_of(own.call.image)
         args, kwargs = self.bias_keys(attn, token_map, args, kwargs)
         return self.put_keys(args, kwargs, keys, few, lambda values: self.keys_of(values, token_map))
 
     def leave(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         own = self.block.own.get()
         given, own.given = own.given, None
-        layers = None if given is None else self.layers_of(attn, given[0])
-        if given is None or layers is None or own.map is None:
+        if given is None or self.keys is None:
             return output
-        with in_full_precision(output):
-            return add_missed(output, given[0], self.missed(*given, own.map), layers)
+        args, kwargs, x, probes = given
+        if probes is None:
+            return output
+        args, kwargs = self.keys.put(*self.tokens.put(args, kwargs, _take(x, probes)), x)
+        # Past its hooks: to whoever counts or watches calls this is part of the one that has just been.
+        exact = attn.forward(*args, **kwargs)
+        return add_missed(output, x, probes, exact)

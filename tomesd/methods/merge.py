@@ -192,5 +192,6 @@ class MergedPart(PartHooks):
             raise TypeError(
                 f"tomesd: {self.name} gave a {type(tokens).__name__}, no tokens: its Part says output={i}"
             )
-        tokens = unmerge_linear(token_map, *given, tokens) if self.linear else token_map.unmerge(tokens)
+        x, merged = given
+        tokens = unmerge_linear(token_map, x, merged, tokens) if self.linear else token_map.unmerge(tokens)
         return tokens if i is None else (*output[:i], tokens, *output[i + 1 :])

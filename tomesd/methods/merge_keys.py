@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -12,7 +11,6 @@ from ..hosts.family import Site
 from ..hosts.hooks import Args, Kwargs
 from ..hosts.image import Image
 from ..maths.grid import Grid
-from ..maths.moments import Missed, missed_by_groups
 from ..maths.token_map import TokenMap
 from . import options
 from .keys import FewerKeys, KeysMethod
@@ -33,8 +31,9 @@ class MergeKeys(KeysMethod):
             would leave: at 0.5 a quarter of the keys, at 0.9 a hundredth.
         seed: of the hash of (seed, timestep, cell) that picks the token that others merge into; None for
             always the top left one of each cell.
-        moments: 2: what merging averages out of how keys and values go together is added, to first order in
-            the query, where attention is known to be plain; 0: it is not.
+        probes: so many tokens, or a sixteenth of all if these are fewer, attend to all keys as well, and
+            what merged ones missed there is learned from them for all others (`maths/probes.py`). 0: it is
+            not.
 
     Raises:
         TypeError: an option of the wrong type.
@@ -46,13 +45,13 @@ class MergeKeys(KeysMethod):
 
     ratio: float = 0.5
     seed: int | None = 0
-    moments: Literal[0, 2] = 2
+    probes: int = 128
 
     def __post_init__(self) -> None:
         self._set(
             ratio=options.share(self.ratio, "[0, 1)"),
             seed=options.integer_or_none("seed", self.seed),
-            moments=options.one_of("moments", self.moments, (0, 2)),
+            probes=options.integer("probes", self.probes, least=0),
         )
 
     def check(self, network: str, sites: Sequence[Site], container: Sequence[Site]) -> None:
@@ -83,9 +82,6 @@ class MergedKeys(FewerKeys):
         self, attn: nn.Module, token_map: TokenMap, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs]:
         return self.merge_bias(attn, token_map, args, kwargs)
-
-    def missed(self, x: Tensor, keys: Tensor, token_map: TokenMap) -> Missed:
-        return missed_by_groups(x, keys, token_map)
 
 
 MergeKeys.hooks = MergedKeys

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..hosts.family import submodule
 from ..hosts.hooks import Args, Kwargs, Patch, hooks_before
 from ..hosts.image import Image
 from ..maths.devices import is_traced
-from ..maths.moments import Missed, missed_by_sample
-from ..maths.sampling import Samples, how_many, sample_tokens
 from ..maths.token_map import TokenMap
 from . import options
-from .keys import FewerKeys, KeysMethod
+from .keys import FewerKeys, KeysMethod, sample
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,8 +28,9 @@ class SampleKeys(KeysMethod):
         ratio: in `[0, 1)`. As many products of queries and keys are left as merging this share of the tokens
             would leave: at 0.5 a quarter of the keys, at 0.9 a hundredth.
         seed: of the hash of (seed, timestep, token) that draws the sample; None for one sample in all steps.
-        moments: what is known of all keys is added where attention is known to be plain: 1, the mean of their
-            values; 2, to first order in the query, how keys and values go together; 0, nothing.
+        probes: so many tokens, or a sixteenth of all if these are fewer, attend to all keys as well, and
+            what the sample missed there is learned from them for all others (`maths/probes.py`), where
+            attention is known to do nothing but attend. 0: it is not.
         replacement: whether a step may draw what steps before it have drawn. False is nearer to the plain
             picture, as errors of steps cancel; it needs a loop over a scheduler's timesteps as they are.
 
@@ -47,34 +44,22 @@ class SampleKeys(KeysMethod):
 
     ratio: float = 0.5
     seed: int | None = 0
-    moments: Literal[0, 1, 2] = 2
+    probes: int = 128
     replacement: bool = False
 
     def __post_init__(self) -> None:
         self._set(
             ratio=options.share(self.ratio, "[0, 1)"),
             seed=options.integer_or_none("seed", self.seed),
-            moments=options.one_of("moments", self.moments, (0, 1, 2)),
+            probes=options.integer("probes", self.probes, least=0),
             replacement=options.boolean("replacement", self.replacement),
         )
 
     def plan(self, x: Tensor, image: Image) -> TokenMap:
-        size = image.h, image.w, self.left(image.h, image.w)
-        n, device = image.h * image.w, image.device
-        if size[2] == n:
-            return TokenMap.identity(n, device)
-        seed, number = self.seed or 0, None if self.replacement else image.number
-        turns = number is not None
-        # Programs of torch.compile draw where others look up, as they would make the whole table anew.
-        if torch.compiler.is_compiling():
-            row = 0 if self.seed is None else image.shift % how_many(n)
-            return image.once(("sample", size, seed), lambda: sample_tokens(*size, seed, row, device))
-        key = "samples", size, seed, turns
-        samples = image.always(key, lambda: Samples.of(*size, seed, turns, device))
-        if self.seed is None:
-            return samples[0]
-        row = (image.shift if number is None else number) % how_many(n)
-        return image.once(("sample", *key), lambda: samples[row])
+        left = self.left(image.h, image.w)
+        if left == image.h * image.w:
+            return TokenMap.identity(left, image.device)
+        return sample(image, left, self.seed, in_turns=not self.replacement)
 
 
 class SampledKeys(FewerKeys):
@@ -146,17 +131,14 @@ class SampledKeys(FewerKeys):
 
     def leave(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         own = self.block.own.get()
-        sample, own.sample = own.sample, None
-        if sample is not None and not own.values:
+        asked, own.sample = own.sample, None
+        if asked is not None and not own.values:
             raise ValueError(
                 f"tomesd: {self.name} has the processor {type(attn.processor).__name__}, of which "
                 f"{self.method} could take no keys: it did not call {' and then '.join(self.layers)} with "
-                f"{sample.tokens} tokens. Use Merge"
+                f"{asked.tokens} tokens. Use Merge"
             )
         return super().leave(attn, args, kwargs, output)
-
-    def missed(self, x: Tensor, keys: Tensor, token_map: TokenMap) -> Missed:
-        return missed_by_sample(x, keys, token_map, self.moments)
 
 
 SampleKeys.hooks = SampledKeys

@@ -23,10 +23,10 @@ from ..hosts.image import Image
 from ..hosts.unets import FAMILIES
 from ..maths.attention import key_bias
 from ..maths.linear import unmerge_linear
-from ..maths.moments import Layers, add_missed, missed_by_groups, missed_by_sample
-from ..maths.token_map import TokenMap, in_full_precision
-from ..methods.attention import linear_map
+from ..maths.probes import add_missed
+from ..maths.token_map import TokenMap, _take
 from ..methods.choice import ByKey, UpTo
+from ..methods.keys import KeysMethod
 from ..methods.merge import Merge
 from ..methods.merge_keys import MergeKeys
 from ..methods.method import Method
@@ -102,7 +102,7 @@ class Kept:
     map: TokenMap
     x: Tensor  # the tokens [B, N, C]
     fewer: Tensor  # these merged or sampled [B, M, C]
-    plain: bool  # whether keys and values are made of the tokens alone
+    probes: Tensor | None  # where keys and values are made of the tokens alone
 
 
 class Patches:
@@ -153,7 +153,8 @@ class Patches:
         plain = k is n and v is n
         mode = "drop" if isinstance(method, SampleKeys) else "mean"
         fewer = token_map.merge(n, mode)
-        options[self.key] = Kept(method, site, token_map, n, fewer, plain)
+        probes = method.probes_of(image) if plain and isinstance(method, KeysMethod) else None
+        options[self.key] = Kept(method, site, token_map, n, fewer, probes)
         if plain:
             k = v = fewer
         else:
@@ -176,15 +177,12 @@ class Patches:
                 return unmerge_linear(token_map, kept.x, kept.fewer, out)
             # A node may have taken the place of attention, and return the values as they are.
             return token_map.unmerge(out)
-        if out.shape[:2] != (b, n) or isinstance(method, Merge) or not method.moments or not kept.plain:
+        if out.shape[:2] != (b, n) or isinstance(method, Merge) or kept.probes is None:
             return out  # of queries that another node has merged or tiled, perhaps
-        if isinstance(method, SampleKeys):
-            missed = missed_by_sample(kept.x, kept.fewer, token_map, method.moments)
-        else:
-            missed = missed_by_groups(kept.x, kept.fewer, token_map)
-        with in_full_precision(out):
-            attn = kept.site.module.get_submodule(kept.site.block.attn.path)
-            return add_missed(out, kept.x, missed, _layers(attn, kept.site, kept.x))
+        part = kept.site.block.attn
+        attn = kept.site.module.get_submodule(part.path)
+        exact = attn.forward(_take(kept.x, kept.probes), **{str(part.keys): kept.x})
+        return add_missed(out, kept.x, kept.probes, exact)
 
     def attend(
         self, attention: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
@@ -232,15 +230,6 @@ class Patches:
                 step.works = self.sigmas[0] >= float(sigmas.flatten()[0]) >= self.sigmas[1]
             self.step = step
         return step
-
-
-def _layers(attn: Any, site: Site, x: Tensor) -> Layers:
-    """The weights of an attention, whatever the host has made of its layers."""
-    part = site.block.attn
-    q, k, v, out = (attn.get_submodule(name) for name in part.layers)
-    (q, bias), (k, _), (v, _) = (linear_map(layer, x, x.shape[-1]) for layer in (q, k, v))
-    heads = getattr(attn, part.heads)
-    return Layers(q, bias, k, v, linear_map(out, x, v.shape[0])[0], heads, (q.shape[0] // heads) ** -0.5)
 
 
 def _check(method: Method, weighs: bool) -> None:

@@ -1,0 +1,65 @@
+"""What attention to fewer keys misses, learned from a few queries that attend to all of them.
+
+A probe is a token whose attention to all keys is computed as well. What fewer keys missed there is known, and
+it is a smooth function of the query: kernel ridge regression carries it to all other tokens.
+
+    y_i += sum_p k(x_i, x_p) c_p,    k(a, b) = exp(-|a - b|^2 / 2 s),    (K + RIDGE) c = missed
+
+`s` is the mean square of the distance of probes from their mean. The kernel is the one of attention itself,
+whose weights are exponentials of products, but for factors of its own of each token, which keep it from
+growing: far from all probes nothing is added.
+
+Source: kernel ridge regression, also known as kriging, as in Rasmussen and Williams, Gaussian Processes for
+Machine Learning, 2006.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .devices import has_cholesky
+from .token_map import _take, in_full_precision
+
+# .003 to .03 are alike; the highest of these leaves most room for what rounding does to the kernel.
+RIDGE = 0.03
+TINY = 1e-30
+
+
+def add_missed(y: Tensor, x: Tensor, probes: Tensor, exact: Tensor) -> Tensor:
+    """Adds to the output of an attention to fewer keys what these missed.
+
+    The fit is of each sample by itself and in float32, shapes are static, nothing waits for the device, and
+    gradients of all orders are those of the formula. Where a device cannot solve for it, nothing is added.
+
+    Args:
+        y: what attention to fewer keys gave, `[B, N, E]`.
+        x: the tokens whose queries it had, `[B, N, C]`.
+        probes: positions of P of them, int64 `[1 or B, P]`.
+        exact: what attention to all keys gives them, `[B, P, E]`.
+
+    Returns:
+        `[B, N, E]` in the dtype of `y`.
+    """
+    if not has_cholesky(y.device):
+        return y
+    with in_full_precision(y):
+        kernel = closeness(x, _take(x, probes))
+        among = _take(kernel, probes)
+        among.diagonal(dim1=1, dim2=2).add_(RIDGE)
+        missed = (exact - _take(y, probes)).to(kernel.dtype)
+        # cholesky_ex does not wait for the device to say whether it failed.
+        found = torch.cholesky_solve(missed, torch.linalg.cholesky_ex(among).L)
+        return torch.baddbmm(y, kernel.to(y.dtype), found.to(y.dtype))
+
+
+def closeness(x: Tensor, given: Tensor) -> Tensor:
+    """The kernel of tokens `x` `[B, N, C]` and `given` ones `[B, P, C]`: `[B, N, P]`, float32 at least."""
+    given = given.to(torch.promote_types(x.dtype, torch.float32))
+    spread, centre = torch.var_mean(given, dim=1, correction=0, keepdim=True)
+    size = spread.sum(2, keepdim=True).clamp_min(TINY)
+    # Distances do not depend on the centre, but their rounding does.
+    x, given = x - centre, given - centre
+    lengths = (torch.linalg.vector_norm(z, dim=2, keepdim=True).square() for z in (x, given))
+    of_x, of_given = (length.div_(-2 * size) for length in lengths)
+    return torch.baddbmm(of_x, x, (given / size).mT).add_(of_given.mT).exp_()
