@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .hosts.family import Site, named_modules_of
-from .hosts.hooks import OWNER, Patch, is_ours, patch_of, recompile, take_off
+from .hosts.hooks import OWNER, Patch, is_ours, patch_of, show_hooks_to_compile, take_off
 from .hosts.image import BlockHooks, ContainerHooks, NetworkHooks, Plan
 from .hosts.unets import find_networks
 from .merge import compute_merge as compute_merge  # where tomesd 0.1.3 has it
@@ -192,7 +192,7 @@ def _put(wanted: Sequence[tuple[ImageNetwork, Chosen, bool]]) -> None:
     # Compiled programs take the answer as a constant. Marked here, as marking it loads torch._dynamo.
     torch.compiler.assume_constant_result(cost.pays)
     if wanted:
-        recompile(tuple(tuple(chosen.values()) for _, chosen, _ in wanted))
+        show_hooks_to_compile(tuple(tuple(chosen.values()) for _, chosen, _ in wanted))
 
 
 def _detach(network: nn.Module) -> bool:

@@ -167,7 +167,7 @@ def patch_of(network: nn.Module) -> Any:
 _kinds: set[Hashable] = set()
 
 
-def recompile(kind: Hashable) -> None:
+def show_hooks_to_compile(kind: Hashable) -> None:
     """Makes torch.compile look at hooks from now on, and at times discards what it has made.
 
     By default it takes one module for another that differs in its hooks alone: a patched model would run

@@ -57,7 +57,8 @@ def missed_by_groups(x: Tensor, merged: Tensor, token_map: TokenMap) -> Missed:
     x, merged, n = _precise(x), _precise(merged), token_map.tokens
     apart = x - token_map.unmerge(merged)
     merged = merged - x.mean(1, keepdim=True)
-    left = (merged * (token_map.sizes / n)[..., None]).mT @ merged
+    # Not sizes / n, which would be of torch's default dtype.
+    left = (merged * token_map.sizes[..., None]).mT @ merged / n
     return Missed(None, torch.baddbmm(left, apart.mT, apart, beta=0, alpha=1 / n), left)
 
 
