@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts.family import Part, submodule
-from ..hosts.hooks import Args, Argument, Kwargs
+from ..hosts.hooks import Args, Argument, Kwargs, has_other_forward
 from ..hosts.image import BlockHooks
-from ..maths.attention import key_bias
+from ..maths.attention import key_bias, merge_mask
 from ..maths.moments import Layers
 from ..maths.token_map import TokenMap
 
@@ -32,6 +32,19 @@ def linear_map(layer: Any, x: Tensor, width: int) -> tuple[Tensor, Tensor | None
         return layer.weight, layer.bias
     bias = layer(x.new_zeros(1, width))
     return (layer(torch.eye(width, dtype=x.dtype, device=x.device)) - bias).mT, bias[0]
+
+
+def layers_of(attn: nn.Module, part: Part, x: Tensor) -> Layers | None:
+    """The weights of an attention for tokens as `x`, if linear layers and attention are all that it has."""
+    heads, found = getattr(attn, part.heads, None), [submodule(attn, name) for name in part.layers]
+    others = [name for name, _ in attn.named_children() if name not in part.layers]  # norms of keys, say
+    rescaled = getattr(attn, "rescale_output_factor", 1) != 1 or getattr(attn, "residual_connection", False)
+    if others or rescaled or heads is None or None in found:
+        return None
+    (q, bias), (k, _), (v, _) = (linear_map(layer, x, x.shape[-1]) for layer in found[:3])
+    out, _ = linear_map(found[3], x, v.shape[0])
+    scale = getattr(attn, "scale", None) or (q.shape[0] // heads) ** -0.5
+    return Layers(q, bias, k, v, out, heads, scale)
 
 
 def cache_of(module: nn.Module) -> str | None:
@@ -76,9 +89,11 @@ class PartHooks:
         self.keys = Argument(module, part.keys, 1) if part.keys else None
         self.values = Argument.optional(module, part.values, 2)
         self.bias = Argument(module, part.bias) if part.bias else None
+        if block.patch.checks:
+            self.check(module)
 
-    def refuse(self, module: nn.Module, kwargs: Kwargs) -> None:
-        """Raises a ValueError for what merged tokens cannot be used with."""
+    def check(self, module: nn.Module) -> None:
+        """Raises a ValueError, or warns, where what is on a part does not go with merged tokens."""
         refuse_caches(module, self.name, self.method)
         if self.is_cached(module):
             raise ValueError(
@@ -86,6 +101,24 @@ class PartHooks:
                 f"back in another step, in which other tokens merge: use either that or {self.method}"
             )
         self.refuse_keepers(module)
+        self.weighs(module)
+        processor, part = getattr(module, "processor", None), self.part
+        if processor is None or type(processor).__name__ in part.processors + part.biased + part.orderless:
+            if torch.compiler.is_compiling() or not has_other_forward(module):
+                return
+            what = "a forward that somebody has put on it"
+        else:
+            what = f"the processor {type(processor).__name__}"
+        self.block.patch.warn(
+            f"{self.name} has {what}, and {self.method} gives it merged tokens. What needs all tokens of the "
+            "image or their places goes wrong: masks of regions, tiles, blurs, maps of attention. SampleKeys "
+            "leaves it all tokens",
+            about="places",
+        )
+
+    def refuse(self, module: nn.Module, kwargs: Kwargs) -> None:
+        """Raises a ValueError for what merged tokens cannot be used with."""
+        self.check(module)
         if self.kind == "cross" and kwargs.get("ip_adapter_masks") is not None:
             raise ValueError(
                 "tomesd: ip_adapter_masks belong to all tokens of the image and cannot be used with "
@@ -133,18 +166,7 @@ class PartHooks:
 
     def layers_of(self, attn: nn.Module, x: Tensor) -> Layers | None:
         """The weights of an attention, for tokens as `x`, if it is known to do nothing but attend."""
-        names, heads = self.part.layers, getattr(attn, self.part.heads, None)
-        others = [name for name, _ in attn.named_children() if name not in names]  # norms of keys, say
-        rescaled = getattr(attn, "rescale_output_factor", 1) != 1 or getattr(
-            attn, "residual_connection", False
-        )
-        found = [submodule(attn, name) for name in names]
-        if not self.is_plain(attn) or others or rescaled or heads is None or None in found:
-            return None
-        (q, bias), (k, _), (v, _) = (linear_map(layer, x, x.shape[-1]) for layer in found[:3])
-        out, _ = linear_map(found[3], x, v.shape[0])
-        scale = getattr(attn, "scale", None) or (q.shape[0] // heads) ** -0.5
-        return Layers(q, bias, k, v, out, heads, scale)
+        return layers_of(attn, self.part, x) if self.is_plain(attn) else None
 
     def has_own_keys(self, args: Args, kwargs: Kwargs) -> bool:
         """Whether keys are taken from other tokens already; some hosts hand over the tokens themselves."""
@@ -188,19 +210,17 @@ class PartHooks:
     ) -> tuple[Args, Kwargs]:
         """Merges what is added to the logits of keys that merge, and weighs them by `prop_attn`.
 
-        Of a mask the least visible of merged tokens decides.
+        A merged key counts as its tokens do together, or on average where sizes do not count.
         """
         if self.kind != "attn" or token_map.is_identity or self.has_own_keys(args, kwargs):
             return args, kwargs
-        mask = self.mask(args, kwargs, token_map)
+        mask, weighs = self.mask(args, kwargs, token_map), self.weighs(attn)
         if mask is not None:
-            least = -token_map.merge(-mask.float(), "amax")
-            args, kwargs = self.put_mask(args, kwargs, least.to(mask.dtype))
-        if self.weighs(attn):
+            merged = merge_mask(token_map, mask, "sum" if weighs else "mean")
+            return self.put_mask(args, kwargs, merged.to(mask.dtype))
+        if weighs:
             assert self.bias is not None
             x = self.tokens.get(args, kwargs)
             bias = key_bias(token_map.sizes, x.dtype)[:, 0].expand(x.shape[0], -1, -1)
-            if mask is not None:
-                bias = bias + self.bias.get(args, kwargs).view(x.shape[0], 1, -1)
             args, kwargs = self.bias.put(args, kwargs, bias)
         return args, kwargs

@@ -61,7 +61,15 @@ class FewerKeys(PartHooks):
     def attach(self, patch: Patch, attn: nn.Module) -> None:
         """Registers what it does there."""
         patch.before(attn, self.enter)
-        patch.after(attn, self.leave)
+        patch.after(attn, self.leave, first=True)
+
+    def check(self, module: nn.Module) -> None:
+        self.refuse_keepers(module)
+        if "Fused" in type(getattr(module, "processor", None)).__name__:
+            raise ValueError(
+                f"tomesd: {self.name} computes queries, keys and values in one layer, which {self.method} "
+                "cannot tell apart: call unfuse_qkv_projections() first"
+            )
 
     def takes(self, keys: Tensor, x: Tensor, token_map: TokenMap) -> bool:
         """Whether `keys`, which attention of the tokens `x` is given, are such that the map is about."""
@@ -94,12 +102,7 @@ class FewerKeys(PartHooks):
         token_map = self.block.map_of(x, self.name)
         if token_map is None or token_map.is_identity or self.keys is None:
             return args, kwargs
-        self.refuse_keepers(attn)
-        if "Fused" in type(getattr(attn, "processor", None)).__name__:
-            raise ValueError(
-                f"tomesd: {self.name} computes queries, keys and values in one layer, which {self.method} "
-                "cannot tell apart: call unfuse_qkv_projections() first"
-            )
+        self.check(attn)
         unknown = None if self.is_plain(attn) else self.enter_unknown(attn, token_map, args, kwargs)
         if unknown is not None:
             return unknown

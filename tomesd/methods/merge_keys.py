@@ -73,6 +73,10 @@ class MergeKeys(KeysMethod):
 class MergedKeys(FewerKeys):
     """One self-attention whose keys are merged tokens."""
 
+    def check(self, module: nn.Module) -> None:
+        super().check(module)
+        self.weighs(module)
+
     def takes(self, keys: Tensor, x: Tensor, token_map: TokenMap) -> bool:
         return keys is x
 

@@ -23,9 +23,9 @@ from ..hosts.image import Image
 from ..hosts.unets import FAMILIES
 from ..maths.attention import key_bias
 from ..maths.linear import unmerge_linear
-from ..maths.moments import Layers, add_missed, missed_by_groups, missed_by_sample
+from ..maths.moments import add_missed, missed_by_groups, missed_by_sample
 from ..maths.token_map import TokenMap, in_full_precision
-from ..methods.attention import linear_map
+from ..methods.attention import layers_of
 from ..methods.choice import ByKey, UpTo
 from ..methods.merge import Merge
 from ..methods.merge_keys import MergeKeys
@@ -183,8 +183,9 @@ class Patches:
         else:
             missed = missed_by_groups(kept.x, kept.fewer, token_map)
         with in_full_precision(out):
-            attn = kept.site.module.get_submodule(kept.site.block.attn.path)
-            return add_missed(out, kept.x, missed, _layers(attn, kept.site, kept.x))
+            part = kept.site.block.attn
+            layers = layers_of(kept.site.module.get_submodule(part.path), part, kept.x)
+            return out if layers is None else add_missed(out, kept.x, missed, layers)
 
     def attend(
         self, attention: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
@@ -232,15 +233,6 @@ class Patches:
                 step.works = self.sigmas[0] >= float(sigmas.flatten()[0]) >= self.sigmas[1]
             self.step = step
         return step
-
-
-def _layers(attn: Any, site: Site, x: Tensor) -> Layers:
-    """The weights of an attention, whatever the host has made of its layers."""
-    part = site.block.attn
-    q, k, v, out = (attn.get_submodule(name) for name in part.layers)
-    (q, bias), (k, _), (v, _) = (linear_map(layer, x, x.shape[-1]) for layer in (q, k, v))
-    heads = getattr(attn, part.heads)
-    return Layers(q, bias, k, v, linear_map(out, x, v.shape[0])[0], heads, (q.shape[0] // heads) ** -0.5)
 
 
 def _check(method: Method, weighs: bool) -> None:
