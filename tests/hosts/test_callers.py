@@ -9,6 +9,8 @@ import pytest
 import tiny
 import torch
 from acting import call, network
+from diffusers.hooks import layer_skip
+from diffusers.hooks import smoothed_energy_guidance_utils as smoothed
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import (
@@ -170,6 +172,34 @@ def test_perturbed_attention_guidance_takes_fewer_keys_where_it_attends():
         tomesd.apply_patch(pipe, method)
         errors[method] = (tiny.generate(pipe, height=128, width=128) - plain).norm()
     assert 0 < errors[SampleKeys(0.2)] < errors[SampleKeys(0.5)] < plain.norm()
+
+
+FIRST = "down_blocks.0.attentions.0.transformer_blocks"
+
+
+@pytest.mark.parametrize("method", [Merge(), SampleKeys(), MergeKeys(), MergeStage()], ids=str)
+def test_guiders_of_diffusers_still_guide(method):
+    """Modular pipelines put them on a block for one of the calls of a step."""
+    net, case = tiny.small_unet(), tiny.CASES["sd"]
+    free = case(net)
+    layer_skip._apply_layer_skip_hook(
+        net,
+        layer_skip.LayerSkipConfig(
+            [0], FIRST, skip_attention=False, skip_attention_scores=True, skip_ff=False
+        ),
+    )
+    plain = case(net)
+    tomesd.apply_patch(net, method)
+    assert 0 < (case(net) - plain).norm() < 0.6 * (plain - free).norm()
+    net = tiny.small_unet()
+    smoothed._apply_smoothed_energy_guidance_hook(net, smoothed.SmoothedEnergyGuidanceConfig([0], FIRST), 1e7)
+    plain = case(net)
+    if isinstance(method, Merge | MergeStage):
+        with pytest.raises(ValueError, match="attn1 is under diffusers' smoothed energy guidance"):
+            tomesd.apply_patch(net, method)
+    else:
+        tomesd.apply_patch(net, method)
+        assert 0 < (case(net) - plain).norm() < 0.6 * (plain - free).norm()
 
 
 def test_attend_and_excite_draws():

@@ -22,6 +22,10 @@ CACHES = (
 )
 
 
+# Hooks of diffusers' guiders: one blurs queries over the square of the image, one gives back the values.
+BLURS, SKIPS = "SmoothedEnergyGuidanceHook", "AttentionProcessorSkipHook"
+
+
 def linear_map(layer: Any, x: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a layer of `width` inputs that is linear, whatever it is made of."""
     if isinstance(layer, nn.ModuleList | nn.Sequential):
@@ -39,7 +43,7 @@ def layers_of(attn: nn.Module, part: Part, x: Tensor) -> Layers | None:
     heads, found = getattr(attn, part.heads, None), [submodule(attn, name) for name in part.layers]
     others = [name for name, _ in attn.named_children() if name not in part.layers]  # norms of keys, say
     rescaled = getattr(attn, "rescale_output_factor", 1) != 1 or getattr(attn, "residual_connection", False)
-    if others or rescaled or heads is None or None in found:
+    if others or rescaled or heads is None or None in found or is_under(found[0], BLURS):
         return None
     (q, bias), (k, _), (v, _) = (linear_map(layer, x, x.shape[-1]) for layer in found[:3])
     out, _ = linear_map(found[3], x, v.shape[0])
@@ -47,9 +51,20 @@ def layers_of(attn: nn.Module, part: Part, x: Tensor) -> Layers | None:
     return Layers(q, bias, k, v, out, heads, scale)
 
 
+def hooks_of_diffusers(module: nn.Module | None) -> dict[str, Any]:
+    """What diffusers has hung on a module in its own way, by name."""
+    hooks: dict[str, Any] = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    return hooks
+
+
+def is_under(module: nn.Module | None, kind: str) -> bool:
+    """Whether a hook of diffusers of this class is on a module."""
+    return any(type(hook).__name__ == kind for hook in hooks_of_diffusers(module).values())
+
+
 def cache_of(module: nn.Module) -> str | None:
     """The cache of diffusers that a module is under, if any."""
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    hooks = hooks_of_diffusers(module)
     return next((cache for cache in CACHES if cache in hooks), None)
 
 
@@ -101,6 +116,11 @@ class PartHooks:
                 f"back in another step, in which other tokens merge: use either that or {self.method}"
             )
         self.refuse_keepers(module)
+        if is_under(submodule(module, self.part.layers[0]), BLURS):
+            raise ValueError(
+                f"tomesd: {self.name} is under diffusers' smoothed energy guidance, which blurs queries over "
+                f"the square of the image: use either that or {self.method}. SampleKeys leaves it all queries"
+            )
         self.weighs(module)
         processor, part = getattr(module, "processor", None), self.part
         if processor is None or type(processor).__name__ in part.processors + part.biased + part.orderless:

@@ -13,7 +13,7 @@ from ..hosts.image import BlockHooks
 from ..maths.moments import Missed, add_missed
 from ..maths.sampling import sample_size
 from ..maths.token_map import TokenMap, in_full_precision
-from .attention import PartHooks
+from .attention import SKIPS, PartHooks, is_under
 from .cost import Work, work_of
 from .method import Method
 
@@ -103,6 +103,8 @@ class FewerKeys(PartHooks):
         if token_map is None or token_map.is_identity or self.keys is None:
             return args, kwargs
         self.check(attn)
+        if is_under(attn, SKIPS):
+            return args, kwargs  # it attends to nothing, where it has as many values as queries
         unknown = None if self.is_plain(attn) else self.enter_unknown(attn, token_map, args, kwargs)
         if unknown is not None:
             return unknown
