@@ -1,5 +1,6 @@
 """Hosts that call attention in their own way: all of it works, is left as it is, or is refused by name."""
 
+import functools
 import types
 import warnings
 
@@ -288,6 +289,30 @@ def test_what_may_need_the_places_of_tokens_is_named_where_it_has_merged_ones(me
         unet.set_attn_processor(Blurred())
         with pytest.warns(UserWarning, match="attn1 has the processor Blurred, and Merge"):
             case(unet)
+
+
+def test_a_forward_that_somebody_has_put_on_attention_is_given_no_weights_of_keys():
+    """prompt-to-prompt and MasaCtrl put one there, to look at maps of attention."""
+    unet, case = tiny.small_unet(), tiny.CASES["sd"]
+    plain = case(unet)
+
+    def forward(hidden_states, encoder_hidden_states=None, attention_mask=None, *, attn, **others):
+        if attention_mask is not None:
+            raise RuntimeError("of a mask it knows nothing")
+        return type(attn).forward(attn, hidden_states, encoder_hidden_states)
+
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock):
+            block.attn1.forward = functools.partial(forward, attn=block.attn1)
+    says = "attn1 has a forward that somebody has put on it"
+    for method in (Merge(), MergeStage()):
+        with pytest.warns(UserWarning, match=says):
+            tomesd.apply_patch(unet, method)
+        assert 0 < (case(unet) - plain).norm() < 0.2 * plain.norm()
+    with pytest.warns(UserWarning, match=says + ".*MergeKeys: use SampleKeys"):
+        tomesd.apply_patch(unet, MergeKeys())
+    with pytest.raises(RuntimeError, match="knows nothing"):
+        case(unet)
 
 
 def test_what_was_patched_before_comes_back_whatever_is_on_it_by_then():

@@ -166,9 +166,10 @@ def take_off(model: nn.Module, wanted: Callable[[Any], bool]) -> None:
 
 
 def has_other_forward(module: nn.Module) -> bool:
-    """Whether somebody has put another forward on a module itself, but for offload and caches."""
+    """Whether somebody has put another forward on a module itself, but for offload, caches and compilers."""
+    other = module.__dict__.get("forward")
     known = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
-    return not known and "forward" in vars(module)
+    return other is not None and not known and not hasattr(other, "_torchdynamo_orig_callable")
 
 
 def patch_of(network: nn.Module) -> Any:

@@ -124,7 +124,7 @@ class PartHooks:
         self.weighs(module)
         processor, part = getattr(module, "processor", None), self.part
         if processor is None or type(processor).__name__ in part.processors + part.biased + part.orderless:
-            if torch.compiler.is_compiling() or not has_other_forward(module):
+            if not has_other_forward(module):
                 return
             what = "a forward that somebody has put on it"
         else:
@@ -174,7 +174,7 @@ class PartHooks:
         if self.kind != "attn" or self.bias is None or self.prop_attn is False:
             return False
         if self.is_plain(attn):
-            return True
+            return bool(self.prop_attn) or not has_other_forward(attn)
         kind = type(getattr(attn, "processor", None)).__name__
         if self.prop_attn and kind not in self.part.biased:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..hosts.family import Site
-from ..hosts.hooks import Args, Kwargs
+from ..hosts.hooks import Args, Kwargs, has_other_forward
 from ..hosts.image import Image
 from ..maths.grid import Grid
 from ..maths.moments import Missed, missed_by_groups
@@ -75,7 +75,12 @@ class MergedKeys(FewerKeys):
 
     def check(self, module: nn.Module) -> None:
         super().check(module)
-        self.weighs(module)
+        if self.weighs(module) and has_other_forward(module):
+            self.block.patch.warn(
+                f"{self.name} has a forward that somebody has put on it. One that adds no bias to keys does "
+                "not go with MergeKeys: use SampleKeys",
+                about="bias",
+            )
 
     def takes(self, keys: Tensor, x: Tensor, token_map: TokenMap) -> bool:
         return keys is x
