@@ -193,6 +193,20 @@ def test_a_trace_of_torchscript_is_the_patched_network_at_every_step(method):
         torch.testing.assert_close(traced(x, torch.tensor(t), text), unet(x, torch.tensor(t), text).sample)
 
 
+def test_an_exported_program_is_for_images_of_one_size_and_any_number():
+    unet = tiny.small_unet(mid_block_type=None)
+    tomesd.apply_patch(unet, MergeKeys())
+    x, text = tiny.inputs(16, 16, 2)
+    many, auto = torch.export.Dim("many", min=2, max=8), torch.export.Dim.AUTO
+    shapes = {"x": {0: many, 2: auto, 3: auto}, "t": None, "text": {0: many}}
+    program = torch.export.export(First(unet), (x, torch.tensor(500), text), dynamic_shapes=shapes).module()
+    x, text = tiny.inputs(16, 16, 3)
+    t = torch.tensor(100)
+    torch.testing.assert_close(program(x, t, text), unet(x, t, text).sample)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program(tiny.inputs(24, 24, 2)[0], t, text[:2])
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_gradients_and_batches_of_torch_func(method):
     unet = tiny.small_unet()

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import diffusers as D
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 
 import tomesd
-from tomesd import Merge, MergeStage, Recipe, SampleKeys
+from tomesd import Merge, MergeKeys, MergeStage, Recipe, SampleKeys
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -285,6 +287,38 @@ def test_a_trace_goes_on_when_a_model_is_patched_anew():
     before = len(plans)
     call(unet)
     assert len(plans) == before
+
+
+def test_what_holds_a_pipeline_is_looked_into_twice():
+    pipe = tiny.sd(unet=tiny.small_unet())
+    app = SimpleNamespace(engine=SimpleNamespace(pipe=pipe, of=tiny), table={"unet": tiny.small_unet()})
+    app.engine.app = app
+    assert tomesd.apply_patch(app) is app
+    assert {name.split(".")[0] for name in methods_of(app)} == {"engine", "table"}
+    assert methods_of(pipe)
+    assert tomesd.remove_patch(app) is app
+    assert methods_of(app) == {}
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("method", [Merge(), SampleKeys(), MergeKeys(), MergeStage()], ids=str)
+def test_defaults_of_torch_change_nothing(method):
+    unet, (x, text), t = tiny.small_unet(), tiny.inputs(16, 16, 2), torch.tensor(500)
+    want = tomesd.apply_patch(unet, method)(x, t, text).sample
+    for default in (default_dtype(torch.float64), torch.device("meta")):
+        tomesd.apply_patch(unet, method)
+        with default:
+            out = unet(x, t, text).sample
+        torch.testing.assert_close(out, want)
 
 
 def transformer():

@@ -10,8 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from .hosts.family import Site, named_modules_of
-from .hosts.hooks import OWNER, Patch, is_ours, patch_of, recompile, take_off
+from .hosts.family import Site, named_modules_of, refuse_shared
+from .hosts.hooks import OWNER, Patch, is_ours, patch_of, show_hooks_to_compile, take_off
 from .hosts.image import BlockHooks, ContainerHooks, NetworkHooks, Plan
 from .hosts.unets import find_networks
 from .merge import compute_merge as compute_merge  # where tomesd 0.1.3 has it
@@ -127,7 +127,8 @@ def _as_context(apply: Callable[P, Model]) -> Callable[P, AbstractContextManager
             # The networks of then: the model may hold others by now.
             for network in (network for network, patch in before if not patch):
                 _detach(network.module)
-            _put([(network, patch.chosen, patch.auto) for network, patch in before if patch])
+            # As it was, whatever has come on its modules since: what is wrong with that, calls say.
+            _put([(network, patch.chosen, patch.auto) for network, patch in before if patch], checks=False)
 
     patched.__qualname__ = "patched"
     patched.__signature__ = inspect.signature(apply)  # type: ignore[attr-defined]
@@ -141,14 +142,15 @@ patched = _as_context(apply_patch)
 class NetworkPatch(Patch):
     """All that tomesd holds on one network that draws images. As its hooks, it holds no module."""
 
-    def __init__(self, chosen: Chosen, auto: bool) -> None:
-        super().__init__()
+    def __init__(self, chosen: Chosen, auto: bool, checks: bool) -> None:
+        super().__init__(checks)
         self.chosen = chosen
         self.auto = auto
         self.plans: dict[str, Plan] = {}  # the planner of each block that has a method
 
     def attach(self, network: ImageNetwork) -> None:
         """Registers the hooks of all methods; a ValueError if one cannot be had there."""
+        refuse_shared(str(network), network.sites)
         hooks = NetworkHooks(self, network.module, network.family)
         for container in dict.fromkeys(site.container for site in network.sites):
             sites = [site for site in network.sites if site.container is container]
@@ -171,9 +173,9 @@ class NetworkPatch(Patch):
         return isinstance(self.chosen[site.name], Method)
 
 
-def _put(wanted: Sequence[tuple[ImageNetwork, Chosen, bool]]) -> None:
+def _put(wanted: Sequence[tuple[ImageNetwork, Chosen, bool]], checks: bool = True) -> None:
     """Patches networks in place of what is on them: all of them or, if there is an error, none."""
-    patches = [(network.module, NetworkPatch(chosen, auto)) for network, chosen, auto in wanted]
+    patches = [(network.module, NetworkPatch(chosen, auto, checks)) for network, chosen, auto in wanted]
     try:
         for (_, patch), (network, chosen, _) in zip(patches, wanted, strict=True):
             if any(isinstance(method, Method) for method in chosen.values()):
@@ -192,7 +194,7 @@ def _put(wanted: Sequence[tuple[ImageNetwork, Chosen, bool]]) -> None:
     # Compiled programs take the answer as a constant. Marked here, as marking it loads torch._dynamo.
     torch.compiler.assume_constant_result(cost.pays)
     if wanted:
-        recompile(tuple(tuple(chosen.values()) for _, chosen, _ in wanted))
+        show_hooks_to_compile(tuple(tuple(chosen.values()) for _, chosen, _ in wanted))
 
 
 def _detach(network: nn.Module) -> bool:

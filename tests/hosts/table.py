@@ -21,7 +21,7 @@ METHODS = (tomesd.Merge(), tomesd.SampleKeys(), tomesd.MergeKeys(), tomesd.Merge
 # What a cell of the table may say.
 YES = "yes"
 NO = "no"  # and an error says so
-UNSAID = "no, unsaid"  # it is to be such an error, and the picture is wrong or the error is of somebody else
+WARNED = "no, warned"  # a warning says so, as it cannot be known; then the picture is wrong, or a host fails
 EXPECTED = "expected"  # from reading code; nothing here can run it
 UNUSED = "unused"  # the method works, and the feature has no effect
 
@@ -34,7 +34,7 @@ class Row:
         name: as the table has it.
         put: puts it on a network; None where the tests that are named in `tests` try it.
         cells: one for each method, or one for all.
-        says: what the error of a `NO` says.
+        says: what the error of a `NO` says, or the warning of a `WARNED`.
         same: whether it leaves the numbers as they are, but for rounding.
         bare: whether methods do without sizes of keys and without probes there.
         pixart: whether it is tried on PixArt, as it does not fit UNets.
@@ -173,7 +173,8 @@ ROWS = (
         "processor Unknown, of which it is not known",
         same=True,
         bare=True,
-        note="without sizes and probes, as nobody knows what it does with them",
+        note="without sizes and probes, as nobody knows what it does with them; `Merge` and `MergeStage` "
+        "warn, as it may need all tokens or their places",
         tests=(CALLERS + "test_cross_frame_attention_stays_that",),
     ),
     Row(
@@ -241,9 +242,9 @@ ROWS = (
     Row(
         "HyperTile around attention's forward",
         on.tiled,
-        (UNSAID, UNUSED, UNUSED, UNSAID),
-        "tokens",
-        note="it needs all tokens of an image: beside merged ones PyTorch's own error says so. With fewer "
-        "keys attention is of the whole image again, and HyperTile does nothing",
+        (WARNED, UNUSED, UNUSED, WARNED),
+        "attn1 has a forward that somebody has put on it",
+        note="it needs all tokens of an image. With fewer keys attention is of the whole image again, and "
+        "HyperTile does nothing",
     ),
 )

@@ -1,5 +1,6 @@
 """Hosts that call attention in their own way: all of it works, is left as it is, or is refused by name."""
 
+import functools
 import types
 import warnings
 
@@ -9,6 +10,8 @@ import pytest
 import tiny
 import torch
 from acting import call, network
+from diffusers.hooks import layer_skip
+from diffusers.hooks import smoothed_energy_guidance_utils as smoothed
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import (
@@ -151,8 +154,13 @@ def test_cross_frame_attention_stays_that():
         tomesd.apply_patch(unet, method)
         assert 0.2 * plain < follows(unet) < 5 * plain
         assert not torch.equal(case(unet, b=3), alone)
+    unknown = unet.attn_processors
     for method in (MergeKeys(), Merge(prop_attn=True), MergeStage(prop_attn=True)):
+        with pytest.raises(ValueError, match=r"attn1 has the processor CrossFrameAttnProcessor2_0, of which"):
+            tomesd.apply_patch(unet, method)
+        unet.set_attn_processor(AttnProcessor2_0())
         tomesd.apply_patch(unet, method)
+        unet.set_attn_processor(dict(unknown))
         with pytest.raises(ValueError, match=r"attn1 has the processor CrossFrameAttnProcessor2_0, of which"):
             case(unet, b=3)
 
@@ -167,19 +175,47 @@ def test_perturbed_attention_guidance_takes_fewer_keys_where_it_attends():
     assert 0 < errors[SampleKeys(0.2)] < errors[SampleKeys(0.5)] < plain.norm()
 
 
+FIRST = "down_blocks.0.attentions.0.transformer_blocks"
+
+
+@pytest.mark.parametrize("method", [Merge(), SampleKeys(), MergeKeys(), MergeStage()], ids=str)
+def test_guiders_of_diffusers_still_guide(method):
+    """Modular pipelines put them on a block for one of the calls of a step."""
+    net, case = tiny.small_unet(), tiny.CASES["sd"]
+    free = case(net)
+    layer_skip._apply_layer_skip_hook(
+        net,
+        layer_skip.LayerSkipConfig(
+            [0], FIRST, skip_attention=False, skip_attention_scores=True, skip_ff=False
+        ),
+    )
+    plain = case(net)
+    tomesd.apply_patch(net, method)
+    assert 0 < (case(net) - plain).norm() < 0.6 * (plain - free).norm()
+    net = tiny.small_unet()
+    smoothed._apply_smoothed_energy_guidance_hook(net, smoothed.SmoothedEnergyGuidanceConfig([0], FIRST), 1e7)
+    plain = case(net)
+    if isinstance(method, Merge | MergeStage):
+        with pytest.raises(ValueError, match="attn1 is under diffusers' smoothed energy guidance"):
+            tomesd.apply_patch(net, method)
+    else:
+        tomesd.apply_patch(net, method)
+        assert 0 < (case(net) - plain).norm() < 0.6 * (plain - free).norm()
+
+
 def test_attend_and_excite_draws():
     pipe = tiny.sd(D.StableDiffusionAttendAndExcitePipeline)
     call = dict(token_indices=[2], num_inference_steps=2, output_type="latent", attn_res=(16, 16))
-    for method in (Merge(), SampleKeys(), MergeStage()):
-        tomesd.apply_patch(pipe, method)
-        with torch.enable_grad():
-            if isinstance(method, MergeStage):
-                with pytest.raises(
-                    ValueError, match="attn2 has the processor AttendExciteAttnProcessor, which keeps"
-                ):
-                    pipe("a cat", height=128, width=128, **call)
-            else:
-                assert torch.isfinite(pipe("a cat", height=128, width=128, **call).images).all()
+    says = "attn2 has the processor AttendExciteAttnProcessor, which keeps"
+    with torch.enable_grad():
+        tomesd.apply_patch(pipe, MergeStage())
+        with pytest.raises(ValueError, match=says):
+            pipe("a cat", height=128, width=128, **call)
+        for method in (Merge(), SampleKeys()):
+            tomesd.apply_patch(pipe, method)
+            assert torch.isfinite(pipe("a cat", height=128, width=128, **call).images).all()
+    with pytest.raises(ValueError, match=says):  # the pipeline leaves its processors there
+        tomesd.apply_patch(pipe, MergeStage())
 
 
 def test_self_attention_guidance_reads_the_map_of_one_block():
@@ -191,6 +227,7 @@ def test_self_attention_guidance_reads_the_map_of_one_block():
         (Merge(), 8),
         (SampleKeys(), 8),
     ):
+        pipe.unet.set_attn_processor(AttnProcessor2_0())
         tomesd.apply_patch(pipe, method, max_downsample)
         if max_downsample == 8:
             with pytest.raises(
@@ -214,6 +251,122 @@ def test_processors_of_which_no_sample_can_be_taken_are_refused():
         match="processor Elsewhere, of which SampleKeys could take no keys: it did not call to_k and then",
     ):
         case(unet)
+
+
+class Blurred(AttnProcessor2_0):
+    """Needs the square of the image's tokens, as smoothed energy guidance and masks of regions do."""
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        side = int(hidden_states.shape[1] ** 0.5)
+        square = hidden_states.unflatten(1, (side, side)).mT
+        hidden_states = hidden_states + torch.nn.functional.avg_pool2d(square, 3, 1, 1).mT.flatten(1, 2)
+        return super().__call__(attn, hidden_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("method", [Merge(0.75), MergeStage(0.75), SampleKeys(), MergeKeys()], ids=str)
+def test_what_may_need_the_places_of_tokens_is_named_where_it_has_merged_ones(method):
+    unet, case = tiny.small_unet(), tiny.CASES["sd"]
+    unet.set_attn_processor(Blurred())
+    plain = case(unet)
+    if method == MergeKeys():
+        with pytest.raises(ValueError, match="processor Blurred, of which it is not known"):
+            tomesd.apply_patch(unet, method)
+    elif method == SampleKeys():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tomesd.apply_patch(unet, method)
+            assert 0 < (case(unet) - plain).norm() < 0.1 * plain.norm()
+    else:
+        with pytest.warns(UserWarning, match="attn1 has the processor Blurred, and Merge"):
+            tomesd.apply_patch(unet, method)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            case(unet)  # it has been said
+        unet.set_attn_processor(AttnProcessor2_0())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tomesd.apply_patch(unet, method)
+        unet.set_attn_processor(Blurred())
+        with pytest.warns(UserWarning, match="attn1 has the processor Blurred, and Merge"):
+            case(unet)
+
+
+def test_a_forward_that_somebody_has_put_on_attention_is_given_no_weights_of_keys():
+    """prompt-to-prompt and MasaCtrl put one there, to look at maps of attention."""
+    unet, case = tiny.small_unet(), tiny.CASES["sd"]
+    plain = case(unet)
+
+    def forward(hidden_states, encoder_hidden_states=None, attention_mask=None, *, attn, **others):
+        if attention_mask is not None:
+            raise RuntimeError("of a mask it knows nothing")
+        return type(attn).forward(attn, hidden_states, encoder_hidden_states)
+
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock):
+            block.attn1.forward = functools.partial(forward, attn=block.attn1)
+    says = "attn1 has a forward that somebody has put on it"
+    for method in (Merge(), MergeStage()):
+        with pytest.warns(UserWarning, match=says):
+            tomesd.apply_patch(unet, method)
+        assert 0 < (case(unet) - plain).norm() < 0.2 * plain.norm()
+    with pytest.warns(UserWarning, match=says + ".*MergeKeys: use SampleKeys"):
+        tomesd.apply_patch(unet, MergeKeys())
+    with pytest.raises(RuntimeError, match="knows nothing"):
+        case(unet)
+
+
+def test_what_was_patched_before_comes_back_whatever_is_on_it_by_then():
+    unet = tiny.small_unet()
+    tomesd.apply_patch(unet, MergeKeys())
+    with tomesd.patched(unet, SampleKeys()):
+        unet.set_attn_processor(Blurred())
+    with pytest.raises(ValueError, match="processor Blurred, of which it is not known"):
+        tiny.CASES["sd"](unet)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_of_others_after_attention_see_all_tokens(before):
+    unet, seen = tiny.small_unet(), []
+    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    if before:
+        attn.register_forward_hook(lambda *call: seen.append(call[-1].shape[1]))
+    tomesd.apply_patch(unet)
+    if not before:
+        attn.register_forward_hook(lambda *call: seen.append(call[-1].shape[1]))
+    tiny.CASES["sd"](unet)
+    assert seen == [256]
+
+
+@pytest.mark.parametrize(
+    ("share", "names"),
+    [
+        (lambda one, other: setattr(other, "attn1", one.attn1), r"down.*\.attn1 and .*up.*\.attn1"),
+        (lambda one, other: setattr(one, "attn2", one.attn1), r"down.*\.attn1 and .*down.*\.attn2"),
+    ],
+)
+def test_parts_that_are_in_two_places_are_named(share, names):
+    unet = tiny.small_unet(mid_block_type=None)
+    blocks = [block for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
+    share(blocks[0], blocks[-1])
+    for method in (Merge(), SampleKeys(), MergeStage()):
+        with pytest.raises(ValueError, match=names + " of UNet2DConditionModel are one and the same module"):
+            tomesd.apply_patch(unet, method)
+    assert traces(unet) == []
+
+
+@pytest.mark.parametrize("method", [Merge(), SampleKeys(), MergeKeys(), MergeStage()], ids=str)
+def test_layers_may_be_swapped_for_quantized_ones(method):
+    """torch's own way copies the hooks of a layer that it swaps, and forgets what they are to be given."""
+    one, other, case = tiny.small_unet(), tiny.small_unet(), tiny.CASES["sd"]
+    torch.ao.quantization.quantize_dynamic(one, {torch.nn.Linear}, inplace=True)
+    plain = case(one)
+    tomesd.apply_patch(one, method)
+    tomesd.apply_patch(other, method)
+    torch.ao.quantization.quantize_dynamic(other, {torch.nn.Linear}, inplace=True)
+    assert torch.equal(case(other), case(one))
+    tomesd.remove_patch(other)
+    assert torch.equal(case(other), plain)
+    assert traces(other) == []
 
 
 def test_an_adapter_that_comes_later_is_seen_where_it_matters():

@@ -321,6 +321,22 @@ def test_self_attention_masks_are_merged():
         unet(x, t, text, attention_mask=torch.ones(2, 256, 256))
 
 
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [(tomesd.Merge(), 0.02), (tomesd.SampleKeys(0.2), 0.03), (tomesd.MergeKeys(), 0.03)],
+    ids=str,
+)
+def test_masks_hide_keys_whatever_has_merged_with_them(method, most):
+    """Every third token, and a part of the image."""
+    unet = tiny.small_unet(mid_block_type=None)
+    (x, text), mask = tiny.inputs(16, 16, 2), torch.ones(2, 256)
+    mask[0, :100], mask[1, ::3] = 0, 0
+    plain = unet(x, 500, text, attention_mask=mask).sample
+    tomesd.apply_patch(unet, method)
+    merged = unet(x, 500, text, attention_mask=mask).sample
+    assert 0 < (merged - plain).norm() / plain.norm() < most
+
+
 @pytest.mark.parametrize("kind", ["model", "sequential"])
 @pytest.mark.parametrize("order", ["patch first", "offload first"])
 def test_offload(kind, order):

@@ -1,11 +1,14 @@
 """Proportional attention in both its forms."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import tomesd.vit as tome
-from tomesd.maths.attention import KeyBias, biased_attention, key_bias
+from tomesd.maths.attention import KeyBias, biased_attention, key_bias, merge_mask
+from tomesd.maths.token_map import TokenMap
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,3 +59,13 @@ def test_the_form_without_a_mask_is_what_a_host_gets(monkeypatch):
                 torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
                 compiled = torch.compile(model, backend="eager", fullgraph=True)
                 torch.testing.assert_close(case(compiled), got)
+
+
+def test_masks_of_merged_keys_are_what_their_tokens_count_together():
+    token_map = TokenMap.from_index(torch.tensor([[0, 0, 1, 2, 2, 2, 3]]), 4)
+    mask = torch.tensor([[0, -1e4, -0.5, -1e4, float("-inf"), -2e4, float("-inf")]])
+    weights = merge_mask(token_map, mask, "sum").exp()
+    torch.testing.assert_close(weights, torch.tensor([[1, math.exp(-0.5), 0, 0]]))
+    free = merge_mask(token_map, torch.zeros(1, 7), "sum")
+    torch.testing.assert_close(free, key_bias(token_map.sizes, torch.float32)[:, 0, 0])
+    assert (merge_mask(token_map, torch.zeros(1, 7), "mean") == 0).all()

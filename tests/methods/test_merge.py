@@ -102,14 +102,14 @@ def test_keys_weigh_by_default_where_attention_is_known_to_be_plain():
     for processor in (AttnProcessor2_0, AttnProcessor, Odd):
         unet.set_attn_processor(processor())
         for prop_attn in (None, True, False):
-            tomesd.apply_patch(unet, tomesd.Merge(prop_attn=prop_attn))
+            method = tomesd.Merge(prop_attn=prop_attn)
             if processor is Odd and prop_attn:
                 with pytest.raises(
                     ValueError, match="processor Odd, of which it is not known whether it adds"
                 ):
-                    case(unet)
+                    tomesd.apply_patch(unet, method)
             else:
-                outputs[processor, prop_attn] = case(unet)
+                outputs[processor, prop_attn] = case(tomesd.apply_patch(unet, method))
     for processor in (AttnProcessor2_0, AttnProcessor):
         assert torch.equal(outputs[processor, None], outputs[processor, True])
     assert torch.equal(outputs[Odd, None], outputs[Odd, False])

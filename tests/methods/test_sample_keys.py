@@ -104,12 +104,11 @@ def test_probes_teach_where_attention_is_known_to_do_nothing_else(method):
     unet.set_attn_processor(Odd())
     outputs = []
     for probes in (0, 128):
-        tomesd.apply_patch(unet, method(0.5, probes=probes))
         if method is tomesd.MergeKeys:
             with pytest.raises(ValueError, match=r"processor Odd, .* which MergeKeys needs"):
-                case(unet)
+                tomesd.apply_patch(unet, method(0.5, probes=probes))
         else:
-            outputs.append(case(unet))
+            outputs.append(case(tomesd.apply_patch(unet, method(0.5, probes=probes))))
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
@@ -145,10 +144,11 @@ def test_it_stays_nearer_than_merging():
 
 def test_what_it_cannot_do_is_said():
     pipe = tiny.sd()
-    pipe.fuse_qkv_projections(vae=False)
     tomesd.apply_patch(pipe, tomesd.SampleKeys())
-    with pytest.raises(ValueError, match=r"call unfuse_qkv_projections\(\) first"):
-        tiny.generate(pipe)
+    pipe.fuse_qkv_projections(vae=False)
+    for verb in (tiny.generate, lambda pipe: tomesd.apply_patch(pipe, tomesd.SampleKeys())):
+        with pytest.raises(ValueError, match=r"call unfuse_qkv_projections\(\) first"):
+            verb(pipe)
     pipe.unfuse_qkv_projections(vae=False)
     assert torch.isfinite(tiny.generate(pipe)).all()
     unet = tiny.small_unet(only_cross_attention=True)

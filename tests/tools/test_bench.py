@@ -13,7 +13,7 @@ import tomesd
 from tomesd.__main__ import main
 from tomesd.commands import bench, common, memory, models, runs
 from tomesd.commands.ways import WAYS, Sliced, Way, at
-from tomesd.hosts.hooks import recompile
+from tomesd.hosts.hooks import show_hooks_to_compile
 
 FEW = ["plain", "ideal", "windowed"]
 BLOCK = models.Setting("block", "tiny", "float32", 192, 128, 0.5, 2, "cpu")
@@ -284,7 +284,7 @@ def test_compiled_calls_do_as_eager_ones_and_share_nothing(monkeypatch):
     )
     network = models.build(BLOCK)
     args, kwargs = models.inputs(BLOCK)
-    recompile("bench")
+    show_hooks_to_compile("bench")
     # With a limit of one, a second network that fell back on the first one's code would be an error.
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
         for way in ("plain", "ideal", "windowed", "todo"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -29,6 +30,7 @@ class Part:
     key_layer: str | None = None  # the module in it that returns [B, heads, N, D] or [B, N, heads * D] keys
     processors: tuple[str, ...] = ()  # classes of diffusers' processors that attend in the plain way
     biased: tuple[str, ...] = ()  # others that add a bias of keys, if their kernels can
+    orderless: tuple[str, ...] = ()  # others to which it makes no difference where in the image a token is
     cache: str | None = None  # an attribute in which hosts keep its output for other steps
     keepers: tuple[str, ...] = ()  # others that keep a map of attention, which hosts read as of all tokens
     # What it costs is known by the layers that make its queries, keys and values, the one after attention,
@@ -85,6 +87,8 @@ class Family:
         return next((row for kind, row in self.blocks.items() if is_named(module, (kind,))), None)
 
 
+# How deep in an object that is neither pipeline nor module one of these may be.
+DEEP = 2
 AnyFamily = TypeVar("AnyFamily", bound=Family)
 
 
@@ -173,6 +177,19 @@ def find(model: object, families: Sequence[AnyFamily]) -> list[Network[AnyFamily
     return list(found.values())
 
 
+def refuse_shared(network: str, sites: Iterable[Site]) -> None:
+    """Raises a ValueError where a block, or a part of one, is in two places: calls do not say which it is."""
+    places: dict[int, str] = {}
+    for site in sites:
+        for path in ("", *(part.path for part in site.block.parts.values())):
+            module, name = submodule(site.module, path), ".".join(filter(None, (site.name, path)))
+            if module is not None and places.setdefault(id(module), name) != name:
+                raise ValueError(
+                    f"{places[id(module)]} and {name} of {network} are one and the same module, so it cannot "
+                    "be told where in the network it is called: give each place one of its own"
+                )
+
+
 def known(families: Sequence[Family]) -> str:
     """Families and their classes, for an error."""
     return "; ".join(f"{family.name} ({', '.join(family.networks)})" for family in families)
@@ -201,10 +218,11 @@ def modules_of(model: object) -> Iterator[tuple[str, nn.Module]]:
     if not isinstance(model, nn.Module | Mapping | list | tuple) and not hasattr(model, "__dict__"):
         given = repr(model) if isinstance(model, (str, int, float, type(None))) else "one"
         raise TypeError(f"expected a pipeline or a torch module, got {given} ({type(model).__name__})")
-    yield from _parts("", model, set())
+    yield from _parts("", model, set(), DEEP)
 
 
-def _parts(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+def _parts(name: str, value: Any, seen: set[int], deep: int) -> Iterator[tuple[str, nn.Module]]:
+    """`deep`: how many more objects in one another to look into, which may be of any kind."""
     if isinstance(value, nn.Module):
         yield name, value
         return
@@ -213,9 +231,13 @@ def _parts(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, nn.Modu
         inside = value.items()
     elif isinstance(value, (list, tuple)):  # MultiControlNet may be a plain list of networks
         inside = enumerate(value)
-    elif not name or hasattr(value, "components"):  # pipelines, and managers of what several have in common
-        inside = vars(value).items() if hasattr(value, "__dict__") else ()
+    elif hasattr(value, "components"):  # pipelines, and managers of what several have in common
+        inside, deep = vars(value).items(), 0
+    elif hasattr(value, "__dict__") and (not name or (deep and not isinstance(value, type | ModuleType))):
+        inside, deep = vars(value).items(), deep - bool(name)
+        if name:  # not its tables, which may be large
+            inside = [(key, part) for key, part in inside if not isinstance(part, Mapping | list | tuple)]
     if id(value) not in seen:
         seen.add(id(value))
         for key, part in list(inside):
-            yield from _parts(f"{name}.{key}" if name else str(key), part, seen)
+            yield from _parts(f"{name}.{key}" if name else str(key), part, seen, deep)

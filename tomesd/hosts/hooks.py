@@ -104,12 +104,16 @@ class Listener(Protocol):
 
 
 class Patch:
-    """All that tomesd holds on one network: hooks, bound methods that copies take along, and who listens."""
+    """All that tomesd holds on one network: hooks, bound methods that copies take along, and who listens.
 
-    def __init__(self) -> None:
+    `checks`: whether what is on its modules by now may be an error.
+    """
+
+    def __init__(self, checks: bool = True) -> None:
+        self.checks = checks
         self.handles: list[RemovableHandle] = []
         self.listeners: list[Listener] = []
-        self.has_warned = False
+        self.warned: set[str] = set()
         self.is_owned = True  # by the network that it is on; a copy is, once that network has run
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,18 +121,21 @@ class Patch:
         handles = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]
         return {**vars(self), "handles": handles, "listeners": [], "is_owned": False}
 
-    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Calls `hook(module, args, kwargs)` before each call of a module; it may return other ones."""
-        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    def before(self, module: nn.Module, hook: Callable[..., Any], kwargs: bool = True) -> None:
+        """Calls `hook(module, args, kwargs)` before each call of a module; it may return other ones.
+
+        Without `kwargs` it is `hook(module, args)`: what swaps layers copies such hooks alone.
+        """
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=kwargs))
 
     def after(self, module: nn.Module, hook: Callable[..., Any], first: bool = False) -> None:
         """Calls `hook(module, args, kwargs, output)` after it; `first`: before the hooks that are there."""
         self.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
 
-    def warn(self, message: str) -> None:
-        """Warns once for all that this patch meets."""
-        if not self.has_warned and not torch.compiler.is_compiling():
-            self.has_warned = True
+    def warn(self, message: str, about: str = "calls") -> None:
+        """Warns once about each kind of thing that this patch meets."""
+        if about not in self.warned and not torch.compiler.is_compiling():
+            self.warned.add(about)
             warnings.warn(f"tomesd: {message}", stacklevel=2)
 
     def remove(self) -> None:
@@ -158,6 +165,13 @@ def take_off(model: nn.Module, wanted: Callable[[Any], bool]) -> None:
                         table.pop(key, None)
 
 
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether somebody has put another forward on a module itself, but for offload, caches and compilers."""
+    other = module.__dict__.get("forward")
+    known = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+    return other is not None and not known and not hasattr(other, "_torchdynamo_orig_callable")
+
+
 def patch_of(network: nn.Module) -> Any:
     """The patch on a network, or None."""
     return vars(network).get(OWNER)
@@ -167,7 +181,7 @@ def patch_of(network: nn.Module) -> Any:
 _kinds: set[Hashable] = set()
 
 
-def recompile(kind: Hashable) -> None:
+def show_hooks_to_compile(kind: Hashable) -> None:
     """Makes torch.compile look at hooks from now on, and at times discards what it has made.
 
     By default it takes one module for another that differs in its hooks alone: a patched model would run

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..maths.devices import is_traced, untraced
+from ..maths.devices import is_exported, is_traced, untraced
 from ..maths.grid import shift_of
 from ..maths.token_map import TokenMap
 from .family import Site, submodule
@@ -234,8 +234,10 @@ class ContainerHooks:
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         x = self.input.get(args, kwargs)
         b, h, w = x.shape[0], x.shape[-2], x.shape[-1]
+        if is_traced() or is_exported():  # for images of one size
+            h, w = int(h), int(w)
         if is_traced():
-            b, h, w = int(b), int(h), int(w)  # what is traced is for one size
+            b = int(b)
         h, w = h // self.side, w // self.side
         step = None if self.timestep is None else Step.at(self.timestep.get(args, kwargs))
         call = Call(self.network.image(self.level, h, w, x, step), b)

@@ -69,6 +69,14 @@ TEXT = "encoder_hidden_states"
 CLOCK = ("time_proj", "base_time_proj")
 LAST = ("conv_out", "base_conv_out", "controlnet_mid_block")
 PLAIN = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor")
+BIASED = ("XFormersAttnProcessor", "AttnProcessorNPU")
+ORDERLESS = (
+    *("CustomDiffusionAttnProcessor", "CustomDiffusionAttnProcessor2_0"),
+    *("CustomDiffusionXFormersAttnProcessor", "XLAFlashAttnProcessor2_0"),
+    *("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor"),
+    *("PAGIdentitySelfAttnProcessor2_0", "PAGCFGIdentitySelfAttnProcessor2_0"),
+    *("CrossFrameAttnProcessor", "CrossFrameAttnProcessor2_0", "AttendExciteAttnProcessor"),
+)
 BASIC = Block(
     "norm1",
     Part(
@@ -76,7 +84,8 @@ BASIC = Block(
         keys=TEXT,
         bias="attention_mask",
         processors=PLAIN,
-        biased=("XFormersAttnProcessor", "AttnProcessorNPU"),
+        biased=BIASED,
+        orderless=ORDERLESS,
         keepers=("CrossAttnStoreProcessor",),
         cache="cache",
         sees_text="attn1.is_cross_attention",
@@ -85,6 +94,9 @@ BASIC = Block(
         "attn2",
         keys=TEXT,
         bias="attention_mask",
+        processors=PLAIN,
+        biased=BIASED,
+        orderless=ORDERLESS,
         keepers=("AttendExciteAttnProcessor", "LEDITSCrossAttnProcessor", "Pix2PixZeroAttnProcessor"),
         cache="cache",
         sees_text="attn2.is_cross_attention",

@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .devices import is_traced
+from .token_map import TokenMap
 
 # Parameters of `scaled_dot_product_attention`, in order.
 SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 # Kernels on CUDA take head sizes in steps of this.
 ALIGNMENT = 8
+# A mask of this hides a key.
+HIDDEN = -1e4
 
 
 def take_rope(rope: Any, keep: Tensor) -> Any:
@@ -43,6 +46,17 @@ def key_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
         size = size.float()  # ONNX has no logarithm of integers
     bias = size.log()[:, None, None, :].to(dtype)
     return bias.as_subclass(KeyBias) if size.device.type == "cuda" else bias
+
+
+def merge_mask(token_map: TokenMap, mask: Tensor, mode: str) -> Tensor:
+    """What to add to the logits of merged keys `[B, M]`, of a float `mask` `[B, N]` for those of all.
+
+    Args:
+        mode: whether the weights of merged keys add up (`"sum"`), or count on average (`"mean"`).
+    """
+    mask = mask.float().clamp_min(HIDDEN)  # or infinities would cancel
+    most = token_map.merge(mask, "amax")
+    return most + token_map.merge((mask - token_map.unmerge(most)).exp(), mode).log()
 
 
 class KeyBias(Tensor):

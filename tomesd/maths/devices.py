@@ -16,6 +16,11 @@ def is_traced() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call] # pyright: ignore
 
 
+def is_exported() -> bool:
+    """Whether torch.export makes a program of what runs."""
+    return bool(getattr(torch.compiler, "is_exporting", bool)())  # not in torch 2.4
+
+
 @contextmanager
 def untraced() -> Iterator[None]:
     """What TorchScript takes for constants."""

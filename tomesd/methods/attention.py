@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..hosts.family import Part
-from ..hosts.hooks import Args, Argument, Kwargs
+from ..hosts.family import Part, submodule
+from ..hosts.hooks import Args, Argument, Kwargs, has_other_forward
 from ..hosts.image import BlockHooks
-from ..maths.attention import key_bias
+from ..maths.attention import key_bias, merge_mask
 from ..maths.token_map import TokenMap
 
 # Caches of diffusers that give attention's output of another step, which has other merged tokens.
@@ -19,9 +20,24 @@ CACHES = (
 )
 
 
+# Hooks of diffusers' guiders: one blurs queries over the square of the image, one gives back the values.
+BLURS, SKIPS = "SmoothedEnergyGuidanceHook", "AttentionProcessorSkipHook"
+
+
+def hooks_of_diffusers(module: nn.Module | None) -> dict[str, Any]:
+    """What diffusers has hung on a module in its own way, by name."""
+    hooks: dict[str, Any] = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    return hooks
+
+
+def is_under(module: nn.Module | None, kind: str) -> bool:
+    """Whether a hook of diffusers of this class is on a module."""
+    return any(type(hook).__name__ == kind for hook in hooks_of_diffusers(module).values())
+
+
 def cache_of(module: nn.Module) -> str | None:
     """The cache of diffusers that a module is under, if any."""
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    hooks = hooks_of_diffusers(module)
     return next((cache for cache in CACHES if cache in hooks), None)
 
 
@@ -61,9 +77,11 @@ class PartHooks:
         self.keys = Argument(module, part.keys, 1) if part.keys else None
         self.values = Argument.optional(module, part.values, 2)
         self.bias = Argument(module, part.bias) if part.bias else None
+        if block.patch.checks:
+            self.check(module)
 
-    def refuse(self, module: nn.Module, kwargs: Kwargs) -> None:
-        """Raises a ValueError for what merged tokens cannot be used with."""
+    def check(self, module: nn.Module) -> None:
+        """Raises a ValueError, or warns, where what is on a part does not go with merged tokens."""
         refuse_caches(module, self.name, self.method)
         if self.is_cached(module):
             raise ValueError(
@@ -71,6 +89,29 @@ class PartHooks:
                 f"back in another step, in which other tokens merge: use either that or {self.method}"
             )
         self.refuse_keepers(module)
+        if is_under(submodule(module, self.part.layers[0]), BLURS):
+            raise ValueError(
+                f"tomesd: {self.name} is under diffusers' smoothed energy guidance, which blurs queries over "
+                f"the square of the image: use either that or {self.method}. SampleKeys leaves it all queries"
+            )
+        self.weighs(module)
+        processor, part = getattr(module, "processor", None), self.part
+        if processor is None or type(processor).__name__ in part.processors + part.biased + part.orderless:
+            if not has_other_forward(module):
+                return
+            what = "a forward that somebody has put on it"
+        else:
+            what = f"the processor {type(processor).__name__}"
+        self.block.patch.warn(
+            f"{self.name} has {what}, and {self.method} gives it merged tokens. What needs all tokens of the "
+            "image or their places goes wrong: masks of regions, tiles, blurs, maps of attention. SampleKeys "
+            "leaves it all tokens",
+            about="places",
+        )
+
+    def refuse(self, module: nn.Module, kwargs: Kwargs) -> None:
+        """Raises a ValueError for what merged tokens cannot be used with."""
+        self.check(module)
         if self.kind == "cross" and kwargs.get("ip_adapter_masks") is not None:
             raise ValueError(
                 "tomesd: ip_adapter_masks belong to all tokens of the image and cannot be used with "
@@ -98,8 +139,10 @@ class PartHooks:
         return processor is None or type(processor).__name__ in self.part.processors
 
     def only_attends(self, attn: nn.Module) -> bool:
-        """Whether an attention is known to do nothing but attend, with or without a bias of its keys."""
-        return self.is_plain(attn) or type(attn.processor).__name__ in self.part.biased
+        """Whether an attention is known to attend for each query alone, with or without a bias of keys."""
+        known = self.is_plain(attn) or type(attn.processor).__name__ in self.part.biased
+        blurs = is_under(submodule(attn, self.part.layers[0]), BLURS)
+        return known and not blurs and not has_other_forward(attn)
 
     def weighs(self, attn: nn.Module) -> bool:
         """Whether its keys are to count as often as tokens have merged into them.
@@ -110,7 +153,7 @@ class PartHooks:
         if self.kind != "attn" or self.bias is None or self.prop_attn is False:
             return False
         if self.is_plain(attn):
-            return True
+            return bool(self.prop_attn) or not has_other_forward(attn)
         kind = type(getattr(attn, "processor", None)).__name__
         if self.prop_attn and kind not in self.part.biased:
             raise ValueError(
@@ -162,19 +205,17 @@ class PartHooks:
     ) -> tuple[Args, Kwargs]:
         """Merges what is added to the logits of keys that merge, and weighs them by `prop_attn`.
 
-        Of a mask the least visible of merged tokens decides.
+        A merged key counts as its tokens do together, or on average where sizes do not count.
         """
         if self.kind != "attn" or token_map.is_identity or self.has_own_keys(args, kwargs):
             return args, kwargs
-        mask = self.mask(args, kwargs, token_map)
+        mask, weighs = self.mask(args, kwargs, token_map), self.weighs(attn)
         if mask is not None:
-            least = -token_map.merge(-mask.float(), "amax")
-            args, kwargs = self.put_mask(args, kwargs, least.to(mask.dtype))
-        if self.weighs(attn):
+            merged = merge_mask(token_map, mask, "sum" if weighs else "mean")
+            return self.put_mask(args, kwargs, merged.to(mask.dtype))
+        if weighs:
             assert self.bias is not None
             x = self.tokens.get(args, kwargs)
             bias = key_bias(token_map.sizes, x.dtype)[:, 0].expand(x.shape[0], -1, -1)
-            if mask is not None:
-                bias = bias + self.bias.get(args, kwargs).view(x.shape[0], 1, -1)
             args, kwargs = self.bias.put(args, kwargs, bias)
         return args, kwargs

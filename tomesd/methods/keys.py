@@ -14,7 +14,7 @@ from ..hosts.image import BlockHooks, Image
 from ..maths.probes import add_missed
 from ..maths.sampling import Samples, how_many, sample_size, sample_tokens
 from ..maths.token_map import TokenMap, _take
-from .attention import PartHooks
+from .attention import SKIPS, PartHooks, is_under
 from .cost import Work, work_of
 from .method import Method
 
@@ -92,7 +92,15 @@ class FewerKeys(PartHooks):
     def attach(self, patch: Patch, attn: nn.Module) -> None:
         """Registers what it does there."""
         patch.before(attn, self.enter)
-        patch.after(attn, self.leave)
+        patch.after(attn, self.leave, first=True)
+
+    def check(self, module: nn.Module) -> None:
+        self.refuse_keepers(module)
+        if "Fused" in type(getattr(module, "processor", None)).__name__:
+            raise ValueError(
+                f"tomesd: {self.name} computes queries, keys and values in one layer, which {self.method} "
+                "cannot tell apart: call unfuse_qkv_projections() first"
+            )
 
     def takes(self, keys: Tensor, x: Tensor, token_map: TokenMap) -> bool:
         """Whether `keys`, which attention of the tokens `x` is given, are such that the map is about."""
@@ -121,13 +129,11 @@ class FewerKeys(PartHooks):
         token_map = self.block.map_of(x, self.name)
         if token_map is None or token_map.is_identity or self.keys is None:
             return args, kwargs
-        self.refuse_keepers(attn)
-        if "Fused" in type(getattr(attn, "processor", None)).__name__:
-            raise ValueError(
-                f"tomesd: {self.name} computes queries, keys and values in one layer, which {self.method} "
-                "cannot tell apart: call unfuse_qkv_projections() first"
-            )
-        unknown = None if self.only_attends(attn) else self.enter_unknown(attn, token_map, args, kwargs)
+        self.check(attn)
+        if is_under(attn, SKIPS):
+            return args, kwargs  # it attends to nothing, where it has as many values as queries
+        known = self.is_plain(attn) or type(attn.processor).__name__ in self.part.biased
+        unknown = None if known else self.enter_unknown(attn, token_map, args, kwargs)
         if unknown is not None:
             return unknown
         keys = self.keys.get(args, kwargs)

@@ -152,7 +152,7 @@ class Merge(Matched):
                     hooks = MergedPart(block, module, part, kind, method, self.prop_attn)
                     hooks.linear = self.unmerge == "linear"
                     patch.before(module, hooks.enter)
-                    patch.after(module, hooks.leave)
+                    patch.after(module, hooks.leave, first=True)  # hooks of others are given all tokens
 
     def work(self, sites: Sequence[Site]) -> Work:
         return work_of(sites, self.parts, merges=len(self.parts))

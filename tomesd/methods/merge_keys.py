@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..hosts.family import Site
-from ..hosts.hooks import Args, Kwargs
+from ..hosts.hooks import Args, Kwargs, has_other_forward
 from ..hosts.image import Image
 from ..maths.grid import Grid
 from ..maths.token_map import TokenMap
@@ -71,6 +71,15 @@ class MergeKeys(KeysMethod):
 
 class MergedKeys(FewerKeys):
     """One self-attention whose keys are merged tokens."""
+
+    def check(self, module: nn.Module) -> None:
+        super().check(module)
+        if self.weighs(module) and has_other_forward(module):
+            self.block.patch.warn(
+                f"{self.name} has a forward that somebody has put on it. One that adds no bias to keys does "
+                "not go with MergeKeys: use SampleKeys",
+                about="bias",
+            )
 
     def takes(self, keys: Tensor, x: Tensor, token_map: TokenMap) -> bool:
         return keys is x

@@ -76,7 +76,7 @@ class SampledKeys(FewerKeys):
             for name, hook in zip(self.layers, (self.enter_keys, self.enter_values), strict=True):
                 layer = submodule(attn, name)
                 if layer is not None:
-                    patch.before(layer, hook)
+                    patch.before(layer, hook, kwargs=False)
 
     def takes(self, keys: Tensor, x: Tensor, token_map: TokenMap) -> bool:
         return token_map.fits(keys)  # a sample serves all images of a size
@@ -113,21 +113,21 @@ class SampledKeys(FewerKeys):
         own.sample, own.keys, own.values = token_map, 0, 0
         return args, kwargs
 
-    def enter_keys(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+    def enter_keys(self, layer: nn.Module, args: Args) -> Args | None:
         """Gives the layer of keys fewer tokens, inside of an attention that asks for it."""
         own = self.block.own.get()
         if own.sample is None or not (args and own.sample.fits(args[0])):
             return None
         own.keys += 1
-        return (own.sample.merge(args[0], "drop"), *args[1:]), kwargs
+        return own.sample.merge(args[0], "drop"), *args[1:]
 
-    def enter_values(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+    def enter_values(self, layer: nn.Module, args: Args) -> Args | None:
         """Gives the layer of values as many: those that go with keys. Some attend to nothing (PAG)."""
         own = self.block.own.get()
         if own.sample is None or own.values >= own.keys:
             return None
         own.values += 1
-        return (own.sample.merge(args[0], "drop"), *args[1:]), kwargs
+        return own.sample.merge(args[0], "drop"), *args[1:]
 
     def leave(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         own = self.block.own.get()

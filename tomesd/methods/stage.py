@@ -70,7 +70,7 @@ class MergeStage(Matched):
                 if module is not None and part is not None:
                     inside = StagedAttention(block, module, part, kind, "MergeStage", self.prop_attn)
                     patch.before(module, inside.enter)
-        patch.after(sites[-1].module, stage.leave)
+        patch.after(sites[-1].module, stage.leave, first=True)
 
     def work(self, sites: Sequence[Site]) -> Work:
         return work_of(sites, PARTS)

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from ..hosts.hooks import OWNER, patch_of, recompile, take_off
+from ..hosts.hooks import OWNER, patch_of, show_hooks_to_compile, take_off
 from ..hosts.vits import checked, find_networks
 from ..maths.token_map import TokenMap
 from ..methods.layers import attach
@@ -182,7 +182,7 @@ def _apply(model: Model, package: str | None, method: MergeLayers) -> Model:
     for patch in patches:
         setattr(patch.network, OWNER, patch)
     holder.r = 0
-    recompile(method)
+    show_hooks_to_compile(method)
     return model
 
 
