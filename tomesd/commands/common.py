@@ -153,6 +153,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in 0..2^63-1")
+    return int(text)
+
+
 def ratio(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
