@@ -140,8 +140,8 @@ class Patches:
         self, n: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gives self-attention fewer tokens or keys, unless other nodes have tiled them or added some."""
-        block = options.get("block") or ("", 0)
-        method, site = self.methods.get((*block[:2], options.get("block_index", 0)), (None, None))
+        part, number, *_ = options.get("block") or ("", 0)
+        method, site = self.methods.get((part, number, options.get("block_index", 0)), (None, None))
         image = None if method is None or site is None else self.image(n, site, options)
         if image is None or not n.shape[:2] == k.shape[:2] == v.shape[:2]:
             return n, k, v
