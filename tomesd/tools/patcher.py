@@ -1,6 +1,6 @@
 """tomesd through a model patcher, as ComfyUI and Forge have one: patches of self-attention, for one clone.
 
-Nothing is put on the network, which all clones share. `examples/comfyui` and `examples/webui` stand on this.
+Nothing is put on the network, which all clones share. `comfyui` and `examples/webui` stand on this.
 
 A block calls `enter` with what goes into its self-attention, and `leave` with what came out. What these two
 share travels in the dict that the block gives both. What blocks share is kept for one step.
