@@ -82,6 +82,8 @@ def test_explain_as_a_table_and_as_json(tmp_path, capsys):
     assert tomesd.Method.from_dict(found["rows"][0]["method"]) == tomesd.SampleKeys(0.5)
     assert 0 < found["rows"][0]["saved"] < 1
     assert {row["method"] for row in found["rows"][1:]} == {None}
+    assert main(["explain", "--size", "12", "--device", "cpu"]) == 2
+    assert "--size 12x12: 12 is not a multiple of 8; take 8 or 16" in capsys.readouterr().err
 
 
 def test_what_merged_is_drawn(tmp_path, capsys):
