@@ -10,6 +10,7 @@ ruff check .
 ruff format --check .
 mypy
 basedpyright
-NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
+# Not --quiet: then it would see no warnings.
+NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 python scripts/bench peers >/dev/null || echo "no network: tests against other packages will be skipped" >&2
 exec python -m pytest -n auto "$@"
