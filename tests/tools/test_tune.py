@@ -171,6 +171,9 @@ def test_recipes_are_kept_in_files(tmp_path):
         "b            SampleKeys(0.75)",
         "speed 2.1, expected error 0.01",
     ]
+    (tmp_path / "other.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="a recipe is a file of JSON, and this is none"):
+        Recipe.load(tmp_path / "other.json")
     (tmp_path / "other.json").write_text('{"blocks": {"a": {"method": "Merge", "code": "x"}}}')
     with pytest.raises(ValueError, match="Merge has no option code"):
         Recipe.load(tmp_path / "other.json")
