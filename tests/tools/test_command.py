@@ -124,6 +124,17 @@ def test_whatever_stops_a_command_is_a_line_and_a_code(error, code, says, monkey
     assert says in line
 
 
+@pytest.mark.parametrize(
+    "call",
+    [["generate", "x", "--out"], ["generate-4k", "x", "--out"], ["tune", "--cache"], ["quality", "--cache"]],
+)
+def test_a_folder_that_cannot_be_had_is_told_at_once(call, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([*call, str(tmp_path / "file")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: argument {call[-1]}: cannot make the folder {tmp_path / 'file'}: File exists" in line
+
+
 def test_files_appear_whole_or_not_at_all(tmp_path):
     file = tmp_path / "new" / "a.txt"
     with pytest.raises(ZeroDivisionError), common.whole(file) as part:

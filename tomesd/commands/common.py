@@ -184,6 +184,16 @@ def check_parent(path: Path | None, option: str) -> None:
         raise UserError(f"argument {option}: cannot write {path}")
 
 
+def make_folder(path: Path, option: str) -> None:
+    """Makes a folder where there is none; a UserError if one cannot write there: now, and not after hours."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"argument {option}: cannot make the folder {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"argument {option}: cannot write into the folder {path}")
+
+
 def list_lines(lines: Mapping[str, str]) -> None:
     """Prints names with what each of them is."""
     width = max(map(len, lines))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
+from gradio.themes import Default
 
 from ...methods.choice import DOWNSAMPLES
 from ..common import UserError, out_of_memory
@@ -16,7 +17,7 @@ from .comparison import HEADERS, Settings, error_over_time
 from .studio import FINEST, Cancelled, Studio
 from .traced import Traced
 
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+THEME = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 # gradio finds a parameter that has one by default.
 PROGRESS = gr.Progress()
 PROMPT = "red apple"
