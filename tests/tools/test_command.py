@@ -69,8 +69,9 @@ def test_what_is_not_installed_is_named():
 
 
 def test_explain_as_a_table_and_as_json(tmp_path, capsys):
-    assert main(["explain", "--device", "cpu"]) == 0
-    table = capsys.readouterr().out
+    assert main(["explain", "--ratio", "0.9", "--device", "cpu"]) == 0
+    table, notes = capsys.readouterr()
+    assert notes.count("note: ratio 0.9 is above 0.75") == 1
     assert "3 of 16 blocks compute less at 128 x 128 pixels" in table
     names = [line.split()[0] for line in table.splitlines()[1:-1]]
     tomesd.Recipe({names[0]: tomesd.SampleKeys(0.5)}).save(tmp_path / "r.json")

@@ -49,7 +49,7 @@ def as_json(found: tomesd.Explanation) -> Row:
 
 
 def run(args: argparse.Namespace) -> int:
-    options.method_asked(args)
+    options.method_asked(args, tell=True)
     check_model(args.model)
     device = pick_device(args.device)
     pipe = load_pipeline(args.model, device, pick_dtype("auto", device))

@@ -118,7 +118,7 @@ def check_cheap(args: argparse.Namespace) -> None:
     if len(args.prompts) > 1 and not any(" " in p.strip() for p in args.prompts):
         say(f"note: {len(args.prompts)} prompts of one word each; put a prompt of several words in quotes")
     options.check_picture(args)
-    options.method_asked(args)
+    options.method_asked(args, tell=True)
     check_model(args.model)
     make_folder(args.out, "--out")
 

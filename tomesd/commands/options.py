@@ -64,15 +64,18 @@ def make_method(name: str, ratio: float) -> tuple[tomesd.Method, list[str]]:
             raise UserError(str(error)) from None
 
 
-def method_asked(args: argparse.Namespace) -> tomesd.Method | tomesd.Recipe | None:
-    """What was asked for, None for plain; a UserError says why that cannot be, before a model is loaded."""
+def method_asked(args: argparse.Namespace, tell: bool = False) -> tomesd.Method | tomesd.Recipe | None:
+    """What was asked for, None for plain; a UserError says why that cannot be, before a model is loaded.
+
+    `tell`: print what is to be known about it, which each command does once.
+    """
     if args.recipe:
         try:
             return tomesd.Recipe.load(args.recipe)
         except (OSError, TypeError, ValueError) as error:
             raise UserError(f"argument --recipe: {args.recipe}: {error}") from None
     method, notes = make_method(args.method, args.ratio)
-    for note in notes:
+    for note in notes if tell else ():
         say(f"note: {note}")
     return method if args.ratio else None
 
