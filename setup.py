@@ -62,6 +62,7 @@ setup(
             "hypothesis",
             "ruff",
             "mypy",
+            "basedpyright",  # pyright as a package of PyPI alone
             # for scripts/
             *("fonttools", "onnx"),
             *("onnxruntime", "open_clip_torch"),

@@ -26,7 +26,8 @@ floor() {
     if [[ ! -f "$folder/done" ]]; then
         echo "making $folder of" $packages >&2
         "${PYTHON:-python3.10}" -m venv --clear "$folder"
-        "$folder/bin/pip" install --quiet --disable-pip-version-check $packages torchvision pytest pytest-xdist hypothesis
+        "$folder/bin/pip" install --quiet --disable-pip-version-check $packages torchvision open_clip_torch \
+            einops omegaconf pytest pytest-xdist hypothesis
         touch "$folder/done"
     fi
     cd "$root"

@@ -9,6 +9,8 @@ cd "$root"
 ruff check .
 ruff format --check .
 mypy
-NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
+basedpyright
+# Not --quiet: then it would see no warnings.
+NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 python scripts/bench peers >/dev/null || echo "no network: tests against other packages will be skipped" >&2
 exec python -m pytest -n auto "$@"

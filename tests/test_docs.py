@@ -61,12 +61,33 @@ def tiny_world(monkeypatch, tmp_path):
     torch.compiler.reset()
 
 
+def run(page, pipe):
+    """What the code of a page leaves."""
+    space = {**names(), "pipe": pipe}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, str(page), "exec"), space)
+    return space
+
+
 @pytest.mark.parametrize("page", CODE, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tiny_world):
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    space = {**names(), "pipe": tiny_world}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), space)
+    left = run(page, tiny_world)
+    if page.name == "recipes.md":
+        the_modular_block_merges(left["blocks"])
+
+
+def the_modular_block_merges(blocks):
+    pipe, parts = blocks.init_pipeline(), tiny.sdxl().components
+    pipe.update_components(**{name: parts[name] for name in set(parts) & set(pipe.components) if parts[name]})
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(merge):
+        call = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 1, "output": "latents"}
+        return pipe(prompt="a cat", height=64, width=64, merge=merge, **call)
+
+    plain, merged = draw(0.0), draw(tomesd.SampleKeys(0.5))
+    assert not torch.equal(merged, plain)
+    assert torch.equal(draw(0.0), plain)
 
 
 def anchors(page):

@@ -57,9 +57,13 @@ def apply_patch(
         max_downsample: work at levels up to this downsampling of the latent image: 1, 2, 4 or 8; None for
             the finest level at which each network has attention (1 in SD 1.5 and 2, 2 in SDXL). A dict and a
             `Recipe` say it by themselves.
-        sx, sy, use_rand, merge_attn, merge_crossattn, merge_mlp: the other options of tomesd 0.1.3, for
-            `Merge`: its `sx`, `sy`, a `seed`, and `"attn"`, `"cross"`, `"mlp"` in its `parts`. A method has
-            options of its own.
+        sx: this and those down to `merge_mlp` are the other options of tomesd 0.1.3, for `Merge`; a method
+            has options of its own. Its `sx`.
+        sy: its `sy`.
+        use_rand: whether it has a `seed`.
+        merge_attn: whether `"attn"` is in its `parts`.
+        merge_crossattn: whether `"cross"` is.
+        merge_mlp: whether `"mlp"` is.
         auto: leave blocks alone where the method would be slower, which is measured once for each shape of
             tokens, in about a second; `explain` says where. So the picture may depend on the machine.
 

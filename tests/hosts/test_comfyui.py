@@ -1,10 +1,11 @@
 """The node of ComfyUI, on a stand-in of what ComfyUI does in a block: a UNet and a patcher of a few lines."""
 
 import copy
+import runpy
 import sys
 import types
+from pathlib import Path
 
-import comfyui
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import nn
 
 import tomesd
 from tomesd import Merge, MergeKeys, Recipe, SampleKeys
+from tomesd.tools import comfyui
 from tomesd.tools.patcher import Patches, patch
 
 WIDTH = 16
@@ -407,6 +409,12 @@ def test_what_patches_cannot_do_is_said(plain, method, message):
 def test_other_networks_are_named(plain):
     with pytest.raises(ValueError, match="Linear has no transformer blocks of a Stable Diffusion UNet"):
         patch(Patcher(nn.Linear(2, 2)), Merge(0.5))
+
+
+def test_the_folder_to_copy_has_the_nodes_of_the_package():
+    copied = runpy.run_path(str(Path(__file__).parents[2] / "examples/comfyui/__init__.py"))
+    for name in ("NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"):
+        assert copied[name] is getattr(comfyui, name)
 
 
 def test_inputs_of_nodes_are_parameters_of_their_functions():

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_comfyui import Patcher, UNetModel, comfyui
+from test_comfyui import Patcher, UNetModel
 
 import tomesd
 
-FOLDER = Path(comfyui.__file__).parents[1] / "webui"
+FOLDER = Path(__file__).parents[2] / "examples"
 
 
 class Part:
@@ -34,7 +34,7 @@ def script(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", types.SimpleNamespace(**dict.fromkeys(names, Part)))
     scripts = types.SimpleNamespace(Script=object, AlwaysVisible=object())
     monkeypatch.setitem(sys.modules, "modules", types.SimpleNamespace(scripts=scripts))
-    return runpy.run_path(str(FOLDER / "scripts/tomesd_methods.py"))["Script"]()
+    return runpy.run_path(str(FOLDER / "webui/scripts/tomesd_methods.py"))["Script"]()
 
 
 def inputs(script, *changed):
@@ -111,7 +111,7 @@ def test_an_older_tomesd_is_named(file, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("tomesd.")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"tomesd 1\.0 is needed where this program runs"):
-        runpy.run_path(str(FOLDER.parent / file))
+        runpy.run_path(str(FOLDER / file))
 
 
 class LatentDiffusion(torch.nn.Module):

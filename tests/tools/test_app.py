@@ -18,13 +18,14 @@ import torch
 import tomesd
 from tomesd.__main__ import main
 from tomesd.commands.app.comparison import Run, Settings, error_over_time
-from tomesd.commands.app.studio import METHODS, Cancelled, Studio
+from tomesd.commands.app.studio import Cancelled, Studio
 from tomesd.commands.common import UserError
+from tomesd.commands.options import METHODS
 from tomesd.commands.pipelines import EMOJI_MODEL, load_pipeline
 from tomesd.hosts.hooks import patch_of
 
 CPU = torch.device("cpu")
-FIELDS = dict(prompt="a cat", size="64x32", steps=2, method="Merge", ratio=0.5, levels="finest", seed=0)
+FIELDS = dict(prompt="a cat", size="64x32", steps=2, method="merge", ratio=0.5, levels="finest", seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_a_run_compares_two_pictures_and_keeps_the_plain_one(studio: Studio) -> 
     plain, merged = (np.asarray(drawn.picture) for drawn in (first.plain, first.merged))
     assert plain.shape == merged.shape == (32, 64, 3)
     assert (plain != merged).any()
-    second = studio.compare(settings(studio, method="SampleKeys"), True, quiet)
+    second = studio.compare(settings(studio, method="sample-keys"), True, quiet)
     assert second.plain is first.plain
     assert studio.compare(settings(studio, seed=1), True, quiet).plain is not first.plain
     run = second.run
@@ -116,11 +117,11 @@ def test_the_line_to_copy_patches_as_the_page_does(studio: Studio, method: str) 
         ({"size": "big"}, "'big' is neither a side like 512 nor a size like 3840x2176"),
         ({"size": ""}, "'' is neither"),
         ({"ratio": 1.5}, "ratio must be in [0, 1], the share of tokens to save, got 1.5"),
-        ({"ratio": 1, "method": "SampleKeys"}, "ratio must be in [0, 1)"),
+        ({"ratio": 1, "method": "sample-keys"}, "ratio must be in [0, 1)"),
         ({"ratio": None}, "ratio must be a number"),
-        ({"steps": 0}, "at least one step, not 0"),
-        ({"seed": -1}, "the seed has to be in 0..2^63-1, not -1"),
-        ({"seed": None}, "the seed has to be in 0..2^63-1, not None"),
+        ({"steps": 0}, "steps: '0' is not a whole number of at least 1"),
+        ({"seed": -1}, "seed: '-1' is not a whole number in 0..2^63-1"),
+        ({"seed": None}, "seed: '' is not a whole number in 0..2^63-1"),
     ],
 )
 def test_mistakes_are_one_sentence(studio: Studio, wrong: dict[str, Any], says: str) -> None:
@@ -203,7 +204,7 @@ def test_a_click_shows_what_merged_with_a_pixel(studio: Studio, method: str) -> 
     assert (plan.w, plan.h, picture.size) == (16, 8, (128, 64))
     shown = np.asarray(picture).reshape(8, 8, 16, 8, 3)
     grey = (shown == shown[..., :1]).all((1, 3, 4)).flatten()
-    if method == "SampleKeys":
+    if method == "sample-keys":
         lit = torch.zeros(128, dtype=torch.bool).index_fill(0, plan.map.keep[-1], True)
         assert f"Every pixel looked at the {plan.map.groups} of 128 tokens" in words
         assert ("is one of them" in words) == bool(lit[15])
@@ -269,13 +270,13 @@ def test_the_page_draws_without_a_browser(address: str) -> None:
 
     client = Client(address, verbose=False)
     slider, _, figures, *_, table = client.predict(
-        True, "red apple", "128", 3, "SampleKeys", 0.5, "finest", 0, api_name="/draw"
+        True, "red apple", "128", 3, "sample-keys", 0.5, "finest", 0, api_name="/draw"
     )
     assert len(slider["value"]) == 2
     assert "times as fast" in figures
     assert table["data"][0][0] == "SampleKeys(0.5)"
     assert (
-        client.predict("Merge", 2, 1, api_name="/line")
+        client.predict("merge", 2, 1, api_name="/line")
         == "# ratio must be in [0, 1], the share of tokens to save, got 2"
     )
 

@@ -69,8 +69,9 @@ def test_what_is_not_installed_is_named():
 
 
 def test_explain_as_a_table_and_as_json(tmp_path, capsys):
-    assert main(["explain", "--device", "cpu"]) == 0
-    table = capsys.readouterr().out
+    assert main(["explain", "--ratio", "0.9", "--device", "cpu"]) == 0
+    table, notes = capsys.readouterr()
+    assert notes.count("note: ratio 0.9 is above 0.75") == 1
     assert "3 of 16 blocks compute less at 128 x 128 pixels" in table
     names = [line.split()[0] for line in table.splitlines()[1:-1]]
     tomesd.Recipe({names[0]: tomesd.SampleKeys(0.5)}).save(tmp_path / "r.json")
@@ -82,6 +83,8 @@ def test_explain_as_a_table_and_as_json(tmp_path, capsys):
     assert tomesd.Method.from_dict(found["rows"][0]["method"]) == tomesd.SampleKeys(0.5)
     assert 0 < found["rows"][0]["saved"] < 1
     assert {row["method"] for row in found["rows"][1:]} == {None}
+    assert main(["explain", "--size", "12", "--device", "cpu"]) == 2
+    assert "--size 12x12: 12 is not a multiple of 8; take 8 or 16" in capsys.readouterr().err
 
 
 def test_what_merged_is_drawn(tmp_path, capsys):
@@ -120,6 +123,17 @@ def test_whatever_stops_a_command_is_a_line_and_a_code(error, code, says, monkey
     assert main(["tune"]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
+
+
+@pytest.mark.parametrize(
+    "call",
+    [["generate", "x", "--out"], ["generate-4k", "x", "--out"], ["tune", "--cache"], ["quality", "--cache"]],
+)
+def test_a_folder_that_cannot_be_had_is_told_at_once(call, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([*call, str(tmp_path / "file")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: argument {call[-1]}: cannot make the folder {tmp_path / 'file'}: File exists" in line
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):

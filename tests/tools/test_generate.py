@@ -54,7 +54,7 @@ def test_one_picture_merged_and_repeated(tmp_path, capsys):
         (["--device", "abacus"], "--device abacus: there is no such device"),
         ([" "], "a prompt is empty"),
         (["--guidance", "-2"], "--guidance has to be a number of at least 0"),
-        (["--seed", "-5"], "--seed has to be in 0..2^63-1"),
+        (["--seed", "-5"], "argument --seed: '-5' is not a whole number in 0..2^63-1"),
     ],
 )
 def test_mistakes_are_explained_in_one_line(arguments, says, tmp_path, capsys, monkeypatch):

@@ -65,6 +65,14 @@ def test_trials_that_failed_are_no_choice():
     assert tuning.recipe(tuning.choices([Merge(0.5)])[0]) is None
 
 
+def test_what_was_measured_is_told_where_it_falls_short_of_what_was_expected(monkeypatch):
+    tuning = made_up({f"a {Merge(0.5)}": (0.25, 0.5)})
+    monkeypatch.setattr(tune, "verify", lambda *_: {"speed": 1.1, "error": 0.5})
+    says = "meets speed=1.5: the nearest of 1 that were tried has 1.1; the fastest is expected to be 2 times"
+    with pytest.raises(ValueError, match=says):
+        tune.solve(tuning, [Merge(0.5)], tune.Wish("speed", 1.5))
+
+
 def test_a_wish_is_met_and_said_to_be(emoji, capsys):
     names = {row.name for row in tomesd.explain(emoji).rows}
     recipe = tomesd.tune(
@@ -163,6 +171,9 @@ def test_recipes_are_kept_in_files(tmp_path):
         "b            SampleKeys(0.75)",
         "speed 2.1, expected error 0.01",
     ]
+    (tmp_path / "other.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="a recipe is a file of JSON, and this is none"):
+        Recipe.load(tmp_path / "other.json")
     (tmp_path / "other.json").write_text('{"blocks": {"a": {"method": "Merge", "code": "x"}}}')
     with pytest.raises(ValueError, match="Merge has no option code"):
         Recipe.load(tmp_path / "other.json")

@@ -153,6 +153,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in 0..2^63-1")
+    return int(text)
+
+
 def ratio(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
@@ -176,6 +182,16 @@ def check_parent(path: Path | None, option: str) -> None:
         raise UserError(f"argument {option}: there is no folder {path.parent}")
     if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
         raise UserError(f"argument {option}: cannot write {path}")
+
+
+def make_folder(path: Path, option: str) -> None:
+    """Makes a folder where there is none; a UserError if one cannot write there: now, and not after hours."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"argument {option}: cannot make the folder {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"argument {option}: cannot write into the folder {path}")
 
 
 def list_lines(lines: Mapping[str, str]) -> None:

@@ -18,7 +18,15 @@ import tomesd
 
 from . import common, options
 from .common import Row, UserError, guarded
-from .pipelines import EMOJI, check_model, find_model, load_pipeline, pick_device, pick_dtype
+from .pipelines import (
+    EMOJI,
+    check_model,
+    check_pipeline_size,
+    find_model,
+    load_pipeline,
+    pick_device,
+    pick_dtype,
+)
 
 PROGRAM = "tomesd explain"
 
@@ -41,10 +49,11 @@ def as_json(found: tomesd.Explanation) -> Row:
 
 
 def run(args: argparse.Namespace) -> int:
-    options.make_method(args)
+    options.method_asked(args, tell=True)
     check_model(args.model)
     device = pick_device(args.device)
     pipe = load_pipeline(args.model, device, pick_dtype("auto", device))
+    check_pipeline_size(pipe, args.size)
     options.patch_as_asked(pipe, args)
     width, height = args.size or (None, None)
     try:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import re
 import statistics
 import textwrap
@@ -39,6 +38,7 @@ from .common import (
     UserError,
     aligned,
     guarded,
+    make_folder,
     need,
     positive,
     say,
@@ -118,14 +118,9 @@ def check_cheap(args: argparse.Namespace) -> None:
     if len(args.prompts) > 1 and not any(" " in p.strip() for p in args.prompts):
         say(f"note: {len(args.prompts)} prompts of one word each; put a prompt of several words in quotes")
     options.check_picture(args)
-    options.make_method(args)
+    options.method_asked(args, tell=True)
     check_model(args.model)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {args.out} for the pictures: {error.strerror}") from None
-    if not os.access(args.out, os.W_OK):
-        raise UserError(f"cannot write into the folder {args.out}")
+    make_folder(args.out, "--out")
 
 
 def hint_unknown_things(args: argparse.Namespace) -> None:

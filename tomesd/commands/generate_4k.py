@@ -53,6 +53,7 @@ from .common import (
     need,
     positive,
     say,
+    seed,
     size,
     synchronize,
 )
@@ -118,7 +119,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
     options.add_method(p, "sample-keys", 0.75, "the two finest")
     p.add_argument("--compare", action="store_true", help="do the last stage without tomesd as well")
-    p.add_argument("--seed", type=int, default=0, help="seed of the picture (default: 0)")
+    p.add_argument("--seed", type=seed, default=0, help="seed of the picture (default: 0)")
     add_places(p)
     args = p.parse_args(arguments)
     if args.prompt is None and not args.random:

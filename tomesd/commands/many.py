@@ -78,7 +78,7 @@ def processes(wanted: str) -> tuple[Any, torch.device]:
 
 def check_settings(args: argparse.Namespace, dtype: torch.dtype, note: bool) -> None:
     """A UserError names settings of an older run that differ; in a new folder one process notes them."""
-    method = {"method": repr(options.make_method(args)), "dtype": str(dtype).removeprefix("torch.")}
+    method = {"method": repr(options.method_asked(args)), "dtype": str(dtype).removeprefix("torch.")}
     settings = json.loads(json.dumps({name: getattr(args, name) for name in SETTINGS} | method))
     file = args.out / ABOUT
     old = kept(file, read_json) or settings

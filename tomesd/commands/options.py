@@ -6,17 +6,16 @@ import argparse
 import inspect
 import math
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tomesd
 
 from ..methods.choice import DOWNSAMPLES
-from .common import UserError, check_multiple, positive, say, size
+from .common import UserError, check_multiple, positive, say, seed, size
 from .pipelines import EMOJI_MODEL
 
-METHODS: dict[str, Callable[[float], tomesd.Method]] = {
+METHODS: dict[str, type[Any]] = {
     "merge": tomesd.Merge,
     "sample-keys": tomesd.SampleKeys,
     "merge-keys": tomesd.MergeKeys,
@@ -51,18 +50,33 @@ def add_method(
     p.add_argument("--auto", action="store_true", help="leave blocks alone where it would be slower")
 
 
-def make_method(args: argparse.Namespace) -> tomesd.Method | tomesd.Recipe | None:
-    """What was asked for, None for plain; a UserError says why that cannot be, before a model is loaded."""
-    try:
-        if args.recipe:
+def make_method(name: str, ratio: float) -> tuple[tomesd.Method, list[str]]:
+    """The method of a name, and what is to be known about it, such as that its ratio was cut.
+
+    Raises:
+        UserError: it cannot be had with this ratio.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            return METHODS[name](ratio), [str(warning.message) for warning in caught]
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from None
+
+
+def method_asked(args: argparse.Namespace, tell: bool = False) -> tomesd.Method | tomesd.Recipe | None:
+    """What was asked for, None for plain; a UserError says why that cannot be, before a model is loaded.
+
+    `tell`: print what is to be known about it, which each command does once.
+    """
+    if args.recipe:
+        try:
             return tomesd.Recipe.load(args.recipe)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            method = METHODS[args.method](args.ratio)
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"argument --recipe: {args.recipe}: {error}" if args.recipe else str(error)) from None
-    for warning in caught:
-        say(f"note: {warning.message}")
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"argument --recipe: {args.recipe}: {error}") from None
+    method, notes = make_method(args.method, args.ratio)
+    for note in notes if tell else ():
+        say(f"note: {note}")
     return method if args.ratio else None
 
 
@@ -73,7 +87,7 @@ def label(args: argparse.Namespace) -> str:
 
 def patch_as_asked(pipe: Any, args: argparse.Namespace) -> None:
     """Patches a pipeline with what was asked for, or leaves it plain."""
-    method = make_method(args)
+    method = method_asked(args)
     if method is None:
         tomesd.remove_patch(pipe)
     else:
@@ -95,7 +109,7 @@ def add_picture(p: argparse.ArgumentParser) -> None:
     p.add_argument("--size", type=size, help="N or WxH in pixels (default: the model's own size)")
     p.add_argument("--steps", type=positive, help="denoising steps (default: 20, or the pipeline's own)")
     p.add_argument("--guidance", type=float, help="guidance scale (default: 3, or the pipeline's own)")
-    p.add_argument("--seed", type=int, default=0, help="seed of every picture (default: 0)")
+    p.add_argument("--seed", type=seed, default=0, help="seed of every picture (default: 0)")
 
 
 def check_picture(args: argparse.Namespace) -> None:
@@ -104,8 +118,6 @@ def check_picture(args: argparse.Namespace) -> None:
         check_multiple(args.size, 8)
     if args.guidance is not None and not (math.isfinite(args.guidance) and args.guidance >= 0):
         raise UserError(f"--guidance has to be a number of at least 0, not {args.guidance}")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed has to be in 0..2^63-1, not {args.seed}")
 
 
 def shipped(model: str) -> bool:

@@ -148,6 +148,7 @@ def check(args: argparse.Namespace, compared: Comparison) -> None:
             setattr(args, option, value)
     for option in ("csv", "plot", "sheet"):
         common.check_parent(getattr(args, option), f"--{option}")
+    common.make_folder(args.cache, "--cache")
     check_model(args.model)
     args.device = str(pick_device(args.device))
     needs = {"tqdm": "tqdm", "skimage": "scikit-image", "matplotlib": "matplotlib", "PIL": "pillow"}

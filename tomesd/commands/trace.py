@@ -77,7 +77,7 @@ def draw(picture: Image.Image, shown: dict[str, list[tomesd.Plan]], prompt: str)
 def run(args: argparse.Namespace) -> int:
     options.check_picture(args)
     common.check_parent(args.out, "--out")
-    if options.make_method(args) is None:
+    if options.method_asked(args, tell=True) is None:
         raise UserError("argument --ratio: with 0 nothing merges")
     check_model(args.model)
     for module in ("PIL.Image", "matplotlib.figure"):

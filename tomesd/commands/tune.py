@@ -118,6 +118,7 @@ def draw(tuning: trials.Tuning, about: dict[str, Any] | None) -> Any:
 def run(args: argparse.Namespace) -> int:
     for option in ("out", "plot"):
         common.check_parent(getattr(args, option), f"--{option}")
+    common.make_folder(args.cache, "--cache")
     wishes = {
         name: value for name in ("speed", "error", "psnr") if (value := getattr(args, name)) is not None
     }

@@ -151,7 +151,7 @@ def hooks_before(module: nn.Module | None) -> list[Callable[..., Any]]:
 
 def is_ours(hook: Callable[..., Any]) -> bool:
     """Whether a hook is one of this package."""
-    return type(getattr(hook, "__self__", None)).__module__.partition(".")[0] == __package__.partition(".")[0]
+    return type(getattr(hook, "__self__", None)).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def take_off(model: nn.Module, wanted: Callable[[Any], bool]) -> None:

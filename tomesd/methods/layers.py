@@ -88,7 +88,7 @@ class LayerHooks(Hooks):
         self.bias = self._bias(network.family, attn)
         self.rope = Argument(attn, part.rope) if part.rope else None
         self.given, self.halfway = Argument(first, "", 0), Argument(middle, "", 0)
-        self.head_dim = getattr(attn, "head_dim", None)
+        self.head_dim: Any = getattr(attn, "head_dim", None)
         key_layer = part.key_layer and submodule(attn, part.key_layer)
         shows_keys = key_layer is not None and self.head_dim is not None
         if keys and not shows_keys and not isinstance(attn, nn.MultiheadAttention):
@@ -276,7 +276,7 @@ class LayerHooks(Hooks):
             self._shape(output, "")
         elif not isinstance(output, Tensor):
             return output
-        after, x = own.before, patch.turned(output)
+        after, x = own.before, patch.turned(output)  # pyright: ignore[reportArgumentType]
         if own.map is not None and own.gain is not None:
             x = own.map.merge(x, "drop") + own.gain
             after = own.map if after is None else after.compose(own.map)

@@ -68,7 +68,11 @@ class Recipe(Mapping[str, Method]):
         Raises:
             OSError, ValueError, TypeError: it cannot be read, is no JSON, or no recipe.
         """
-        return Recipe.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"a recipe is a file of JSON, and this is none: {error}") from None
+        return Recipe.from_dict(data)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON, for `Recipe.from_dict`."""

@@ -27,8 +27,7 @@ class MergeStage(Matched):
 
         tomesd.apply_patch(pipe, tomesd.MergeStage(0.5), max_downsample=4)
 
-    Args:
-        ratio, sx, sy, seed, matching, prop_attn: as for `Merge`.
+    Its options are those of `Merge` of the same names.
 
     Raises:
         TypeError: an option of the wrong type.

@@ -1,6 +1,6 @@
 """tomesd through a model patcher, as ComfyUI and Forge have one: patches of self-attention, for one clone.
 
-Nothing is put on the network, which all clones share. `examples/comfyui` and `examples/webui` stand on this.
+Nothing is put on the network, which all clones share. `comfyui` and `examples/webui` stand on this.
 
 A block calls `enter` with what goes into its self-attention, and `leave` with what came out. What these two
 share travels in the dict that the block gives both. What blocks share is kept for one step.
@@ -140,8 +140,8 @@ class Patches:
         self, n: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gives self-attention fewer tokens or keys, unless other nodes have tiled them or added some."""
-        block = options.get("block") or ("", 0)
-        method, site = self.methods.get((*block[:2], options.get("block_index", 0)), (None, None))
+        part, number, *_ = options.get("block") or ("", 0)
+        method, site = self.methods.get((part, number, options.get("block_index", 0)), (None, None))
         image = None if method is None or site is None else self.image(n, site, options)
         if image is None or not n.shape[:2] == k.shape[:2] == v.shape[:2]:
             return n, k, v

@@ -132,7 +132,7 @@ def solve(tuning: Tuning, methods: Sequence[Method], wish: Wish) -> Recipe:
     if wish.name == "psnr":
         pictures, aim = pictures_of(tuning.draw()), 10 ** (-wish.limit / 20)
     met: dict[Choice, Recipe] = {}
-    seen: set[Choice] = set()
+    seen: dict[Choice, float] = {}  # and what was measured of it
     for _ in range(TRIES):
         fit = [c for c in choices if (tuning.speed(c) >= aim if wish.name == "speed" else c.error <= aim**2)]
         # Of the most speed that an error allows, or the least error that a speed allows.
@@ -140,11 +140,10 @@ def solve(tuning: Tuning, methods: Sequence[Method], wish: Wish) -> Recipe:
         recipe = None if choice is None else tuning.recipe(choice)
         if choice is None or recipe is None or choice in seen:
             break
-        seen.add(choice)
         about = verify(tuning, recipe, pictures)
         expected = {"expected_speed": tuning.speed(choice), "expected_error": math.sqrt(choice.error)}
         recipe.about = {key: float(f"{value:.4g}") for key, value in {**about, **expected}.items()}
-        got = about[wish.name]
+        got = seen[choice] = about[wish.name]
         slack = SLACK[wish.name] * wish.limit
         if got <= wish.limit + slack if wish.name == "error" else got >= wish.limit - slack:
             met[choice] = recipe
@@ -154,11 +153,13 @@ def solve(tuning: Tuning, methods: Sequence[Method], wish: Wish) -> Recipe:
     if met:  # of those that meet it the one that gives most of the other
         best = min if wish.name == "speed" else max
         return met[best(met, key=lambda choice: choice.seconds)]
-    can = (
-        f"the fastest is {tuning.speed(fastest):.3g} times as fast, with an error of {fastest.error**0.5:.2g}"
-    )
+    can = f"the fastest is expected to be {tuning.speed(fastest):.3g} times as fast, with an error of "
+    can += f"{fastest.error**0.5:.2g}"
     if wish.name != "speed" and len(choices) > 1:
         can = f"the least error of a choice that saves time is {choices[1].error ** 0.5:.2g}; {can}"
+    if seen:
+        nearest = min(seen.values()) if wish.name == "error" else max(seen.values())
+        can = f"the nearest of {len(seen)} that were tried has {nearest:.3g}; {can}"
     raise ValueError(f"no choice of {len(methods)} methods meets {wish.name}={wish.limit:g}: {can}")
 
 

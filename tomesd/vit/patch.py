@@ -158,7 +158,7 @@ def source(model: nn.Module, layer: int = -1) -> TokenMap:
 
 def _apply(model: Model, package: str | None, method: MergeLayers) -> Model:
     networks = find_networks(model, package)
-    holder = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
+    holder: Any = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     ours = "_tome_info" in vars(holder) or patch_of(holder) is not None
     if not ours and _has_own_r(holder):
         raise ValueError(

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
+from gradio.themes import Default
 
 from ...methods.choice import DOWNSAMPLES
 from ..common import UserError, out_of_memory
 from ..generate import AMPLIFY
+from ..options import METHODS
 from .comparison import HEADERS, Settings, error_over_time
-from .studio import FINEST, METHODS, Cancelled, Studio
+from .studio import FINEST, Cancelled, Studio
 from .traced import Traced
 
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+THEME = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 # gradio finds a parameter that has one by default.
 PROGRESS = gr.Progress()
 PROMPT = "red apple"
@@ -116,7 +118,9 @@ def make_page(studio: Studio) -> gr.Blocks:
                     cancel = gr.Button("Cancel", min_width=100)
                 with gr.Row():
                     buttons = {name: gr.Button(name, size="sm", min_width=80) for name in presets}
-                method = gr.Radio([*METHODS], value="Merge", label="Method")
+                method = gr.Radio(
+                    [(made.__name__, name) for name, made in METHODS.items()], value="merge", label="Method"
+                )
                 levels = gr.Dropdown(
                     [FINEST, *DOWNSAMPLES],
                     value=FINEST,
@@ -153,7 +157,7 @@ def make_page(studio: Studio) -> gr.Blocks:
                         "to see what merged with that pixel."
                     )
                 code = gr.Code(
-                    line("Merge", 0.5, FINEST), language="python", label="The same in Python", lines=1
+                    line("merge", 0.5, FINEST), language="python", label="The same in Python", lines=1
                 )
         fields = [prompt, size, steps, method, ratio, levels, seed]
         one: Any = dict(concurrency_id="pipeline", concurrency_limit=1)

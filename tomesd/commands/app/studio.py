@@ -8,31 +8,27 @@ import inspect
 import itertools
 import math
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
 import tomesd
 
 from ...hosts.unets import find_networks
-from .. import memory
-from ..common import UserError, check_multiple, need, size, timed
+from .. import common, memory
+from ..common import UserError, check_multiple, need, timed
 from ..generate_4k import base_size
-from ..options import EMOJI_GUIDANCE, patch
+from ..options import EMOJI_GUIDANCE, make_method, patch
 from .comparison import Comparison, Drawn, Settings
 from .traced import Traced
 
 if TYPE_CHECKING:
     from PIL import Image
 
-METHODS: dict[str, Callable[[float], tomesd.Method]] = {
-    method.__name__: method
-    for method in (tomesd.Merge, tomesd.SampleKeys, tomesd.MergeKeys, tomesd.MergeStage)
-}
+Value = TypeVar("Value")
 # What `apply_patch` does without `max_downsample`.
 FINEST = "finest"
 # So many times the model's own area, pictures are drawn small first, and then refined with this share of the
@@ -60,28 +56,12 @@ class Source(NamedTuple):
     share: float
 
 
-def make_method(name: str, ratio: float) -> tuple[tomesd.Method, list[str]]:
-    """The method, and what is to be known about it, such as that its ratio was cut.
-
-    Raises:
-        UserError: it cannot be had with this ratio.
-    """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            return METHODS[name](ratio), [str(warning.message) for warning in caught]
-        except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from None
-
-
-def read_size(text: str, multiple: int) -> tuple[int, int]:
-    """Width and height; a UserError for what is no size, or none that the pipeline can draw."""
+def read(kind: Callable[[str], Value], what: str, given: object) -> Value:
+    """What a field of the page says, as a command line would take it; a UserError if that is wrong."""
     try:
-        wanted = size(text)
+        return kind("" if given is None else str(given))
     except argparse.ArgumentTypeError as error:
-        raise UserError(str(error)) from None
-    check_multiple(wanted, multiple, "size")
-    return wanted
+        raise UserError(f"{what}: {error}") from None
 
 
 class Studio:
@@ -113,25 +93,25 @@ class Studio:
         two_finest = min(8, 2 * self.finest)
         own, large = ("x".join(map(str, s)) for s in (self.size, [n * self.scale for n in LATENTS_4K]))
         return {
-            "Exact look": dict(size=own, method="MergeKeys", ratio=0.5, levels=FINEST, beside=True),
-            "Fast": dict(size=own, method="MergeStage", ratio=0.5, levels=two_finest, beside=True),
-            "4K": dict(size=large, method="SampleKeys", ratio=0.75, levels=two_finest, beside=False),
+            "Exact look": dict(size=own, method="merge-keys", ratio=0.5, levels=FINEST, beside=True),
+            "Fast": dict(size=own, method="merge-stage", ratio=0.5, levels=two_finest, beside=True),
+            "4K": dict(size=large, method="sample-keys", ratio=0.75, levels=two_finest, beside=False),
         }
 
     def settings(
-        self, prompt: str, size: str, steps: float, method: str, ratio: float, levels: Any, seed: float
+        self, prompt: str, size: Any, steps: Any, method: str, ratio: float, levels: Any, seed: Any
     ) -> tuple[Settings, list[str]]:
         """What the fields of the page say, and notes about it; a UserError if one of them is wrong."""
         if not (prompt or "").strip():
             raise UserError("the prompt is empty: say what to draw")
-        if seed is None or not 0 <= seed < 2**63:
-            raise UserError(f"the seed has to be in 0..2^63-1, not {seed}")
-        if not steps or steps < 1:
-            raise UserError(f"there has to be at least one step, not {steps}")
+        picture = (
+            read(common.size, "size", size),
+            read(common.positive, "steps", steps),
+            read(common.seed, "seed", seed),
+        )
+        check_multiple(picture[0], math.lcm(8, self.scale), "size")
         made, notes = make_method(method, ratio)
-        wanted = read_size(size or "", math.lcm(8, self.scale))
-        limit = None if levels == FINEST else int(levels)
-        return Settings(prompt.strip(), wanted, int(steps), int(seed), made, limit), notes
+        return Settings(prompt.strip(), *picture, made, None if levels == FINEST else int(levels)), notes
 
     def compare(self, wanted: Settings, beside: bool, told: Told, who: str = "") -> Comparison:
         """Draws a picture by the method, and the plain one `beside` it unless it is still known.
