@@ -101,7 +101,10 @@ def test_a_function_may_say_what_is_to_stay_near():
         asked.append(model.vision_model(tiny_vit.images(2)))
         return asked[-1].last_hidden_state[:, 1:]
 
-    schedule = tome.tune(model, run, trials=0, progress=False)
+    tome.apply_patch(model)
+    schedule = tome.tune(model.vision_model, run, trials=0, progress=False)
+    model.r = 5
+    assert patch_of(find_networks(model)[0].module).r == 5  # that of the model that was patched
     assert schedule.about["error"] == schedule.about["error_by_hand"]
     # Plain, the sizes of the tokens, and what is made by hand.
     assert 3 <= len(asked) <= 8

@@ -14,7 +14,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from ..methods.cost import Work, layer_work
 from ..methods.layers_patch import LayersPatch
 from ..methods.schedule import R, parse_r
 from ..tools.trials import shown
-from .patch import apply_patch, remove_patch, set_r
+from .patch import apply_patch, remove_patch
 
 # So many exchanges are drawn for one that was not judged yet.
 DRAWS = 100
@@ -131,7 +130,7 @@ def tune(
     if model.training:
         raise ValueError("tune compares what a model returns: call model.eval() first")
     with merging(model, networks[0]) as patch:
-        judge = Judge(model, images)
+        judge = Judge(model, networks[0].module, images)
         operations = Operations.of(networks[0], patch, judge.run)
         best, start = search(judge, operations, limit, shown(range(trials)) if progress else range(trials))
     figures = {
@@ -164,29 +163,31 @@ def search(
 
 @contextmanager
 def merging(model: nn.Module, network: Network[VisionFamily]) -> Iterator[LayersPatch]:
-    """The patch of a model's network; for the time one of default options, if it has none."""
-    patch = patch_of(network.module)
-    if patch is None:
+    """The patch of a model's network, whose own r may change meanwhile; one for the time, if it has none."""
+    module = network.module
+    patched = patch_of(module) is not None
+    if not patched:
         apply_patch(model)
-        patch = patch_of(network.module)
-        undo: Callable[[], object] = lambda: remove_patch(model)  # noqa: E731
-    else:
-        undo = partial(set_r, model, patch.r)
+    own = vars(module).get("r")  # the model that holds it may have it instead
     try:
-        yield patch
+        yield patch_of(module)
     finally:
-        undo()
+        vars(module).pop("r", None)
+        if own is not None:
+            module.r = own
+        if not patched:
+            remove_patch(model)
 
 
 class Judge:
     """How far what a model returns with a schedule is from plain: mean square of the relative errors."""
 
-    def __init__(self, model: nn.Module, images: Any) -> None:
+    def __init__(self, model: nn.Module, network: nn.Module, images: Any) -> None:
         batches = [images] if isinstance(images, Tensor) else images
         if not callable(images) and not (isinstance(batches, list | tuple) and batches):
             raise options.wrong_type("images", "a tensor, a list of tensors or a function", images)
         self.run = images if callable(images) else lambda: [model(batch) for batch in batches]
-        self.model = model
+        self.network: Any = network
         self.known: dict[tuple[int | float, ...], float] = {}
         self.plain = self.returned([0])
         if not self.plain:
@@ -204,7 +205,7 @@ class Judge:
 
     def returned(self, r: Sequence[int | float]) -> list[Tensor]:
         """What the model returns with a schedule, a row for each picture."""
-        set_r(self.model, list(r))
+        self.network.r = list(r)
         with torch.no_grad():
             return [tensor.float().flatten(1) for tensor in tensors_in(self.run())]
 
