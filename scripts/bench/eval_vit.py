@@ -93,15 +93,19 @@ def load(backend: str, args: argparse.Namespace) -> nn.Module:
     return model.to(args.device, getattr(torch, args.dtype))
 
 
+def pooled(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Class token and mean patch token after the final norm, `[n, width]` each."""
+    timm = hasattr(model, "forward_features")
+    tokens = (model.forward_features(x) if timm else model(x).last_hidden_state).float()
+    return tokens[:, 0], tokens[:, 1:].mean(1)
+
+
 @torch.inference_mode()
 def features(model: nn.Module, pictures: Tensor, what: str, args: argparse.Namespace) -> Tensor:
-    """Class token and mean patch token after the final norm, side by side: `[n, 2 * width]`."""
+    """What is pooled, side by side: `[n, 2 * width]`."""
     rows = []
     for part in tqdm(pictures.split(args.batch_size), desc=what, unit="batch", leave=False):
-        x = prepare(part, args)
-        timm = hasattr(model, "forward_features")
-        tokens = (model.forward_features(x) if timm else model(x).last_hidden_state).float()
-        rows.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1).cpu())
+        rows.append(torch.cat(pooled(model, prepare(part, args)), dim=1).cpu())
     return torch.cat(rows)
 
 
@@ -156,13 +160,12 @@ def nearest(x: Tensor, classes: Tensor, train: Tensor, train_classes: Tensor, k:
 
 
 def tuned(model: nn.Module, way: str, flops: str, args: argparse.Namespace) -> tome.Schedule:
-    """A schedule that leaves a share of the operations."""
+    """A schedule that leaves a share of the operations of the blocks, by what probes see."""
     pictures = fashion_mnist("train", 60_000)[0][-TUNED:]
+    batches = [prepare(part, args) for part in pictures.split(args.batch_size)]
     tome.apply_patch(model, **WAYS[way])
     try:
-        schedule = tome.tune(
-            model, [prepare(part, args) for part in pictures.split(args.batch_size)], float(flops)
-        )
+        schedule = tome.tune(model, lambda: [pooled(model, x) for x in batches], float(flops))
     finally:
         tome.remove_patch(model)
     print(schedule, flush=True)

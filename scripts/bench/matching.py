@@ -7,11 +7,11 @@ DINOv2 ViT-S/14. Relative errors of the class token and of the patches on their 
 model, in per cent: root of the mean square over pictures. All ways compare the same channels, merge as many
 tokens in each layer by the same rule, and weigh them in attention.
 
-    alternating  every other token leaves, as in ToMe: ours
+    alternating  every other token may leave, the most alike do, as in ToMe: ours
     energy       tokens that resemble many others merge, the others are kept (Tran et al., PiToMe, 2024)
-    energy, alternating sides   the same tokens, but in the order of the picture
-    sizes        the smaller half leaves, in the last layers (after Lee and Choi, ATM, 2025)
-    ward         alternating, by what merging two groups adds to the variance within: larger ones merge later
+    sizes        the smaller half may leave, in the later layers (after Lee and Choi, ATM, 2025)
+    ward         alternating, by what merging adds to the variance within groups (Ward, 1963)
+    ranked       alternating, each with the most alike, and of these pairs those that ward wants most
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Sides = tuple[Tensor, Tensor, Tensor]
 
 def alternating(likeness: Tensor, sizes: Tensor, r: int, depth: float) -> Sides:
     places = torch.arange(likeness.shape[1]).expand(len(likeness), -1)
-    return sides(likeness, places[:, ::2], places[:, 1::2])
+    return sides(likeness, places[:, 1::2], places[:, ::2])  # as ours do behind one class token
 
 
 def sides(likeness: Tensor, src: Tensor, dst: Tensor) -> Sides:
@@ -48,12 +48,10 @@ def sides(likeness: Tensor, src: Tensor, dst: Tensor) -> Sides:
     return src, dst, rows.gather(2, dst[:, None].expand(-1, src.shape[1], -1))
 
 
-def by_energy(likeness: Tensor, sizes: Tensor, r: int, depth: float, ordered: bool = True) -> Sides:
+def by_energy(likeness: Tensor, sizes: Tensor, r: int, depth: float) -> Sides:
     margin = 0.9 - 0.9 * depth
     energy = torch.where(likeness >= margin, likeness, (likeness - margin).exp() - 1).mean(2)
     chosen = energy.argsort(dim=1, descending=True)[:, : 2 * r]
-    if not ordered:
-        chosen = chosen.sort(dim=1).values
     return sides(likeness, chosen[:, ::2], chosen[:, 1::2])
 
 
@@ -70,12 +68,19 @@ def by_ward(likeness: Tensor, sizes: Tensor, r: int, depth: float) -> Sides:
     return alternating((likeness - 1) * a * b / (a + b), sizes, r, depth)
 
 
+def by_rank(likeness: Tensor, sizes: Tensor, r: int, depth: float) -> Sides:
+    src, dst, wish = alternating(likeness, sizes, r, depth)
+    dearer = by_ward(likeness, sizes, r, depth)[2]
+    nearest = wish.argmax(2, keepdim=True)
+    return src, dst, torch.full_like(wish, -torch.inf).scatter(2, nearest, dearer.gather(2, nearest))
+
+
 WAYS: dict[str, Callable[[Tensor, Tensor, int, float], Sides]] = {
     "alternating": alternating,
     "energy": by_energy,
-    "energy, alternating sides": lambda *given: by_energy(*given, ordered=False),
     "sizes": by_sizes,
     "ward": by_ward,
+    "ranked": by_rank,
 }
 
 
