@@ -27,14 +27,16 @@ def shorten_prompts(model: Any, processor: Any, keep: float) -> None:
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     keep = int(keep) if keep >= 1 else int(keep * patches)
-    model.model.multi_modal_projector.register_forward_pre_hook(
-        lambda module, args: (tome.reduce(args[0], keep).tokens,)
-    )
+
+    def reduce(module: Any, args: Any) -> Any:
+        features = args[0]  # a class token may be among them
+        return (tome.reduce(features, keep, prefix=features.shape[1] - patches).tokens,)
+
+    model.model.multi_modal_projector.register_forward_pre_hook(reduce)
     if hasattr(processor, "image_seq_length"):  # PaliGemma
         processor.image_seq_length = keep
-    else:  # LLaVA's counts the patches itself, and takes the class token off again
-        processor.num_additional_image_tokens = keep - patches
-        processor.num_additional_image_tokens += processor.vision_feature_select_strategy == "default"
+    else:  # LLaVA's counts the patches itself
+        processor.num_additional_image_tokens += keep - patches
     # Half of them merge in the tower already; `tome.tune` would say in which layers.
     tome.apply_patch(model)
     model.r = (patches - keep) // (2 * vision.num_hidden_layers)
@@ -71,7 +73,7 @@ def shortened(model: Any, inputs: Any, keep: float) -> dict[str, torch.Tensor]:
     }
 
 
-def tiny() -> tuple[Any, Any]:
+def tiny(select: str = "default") -> tuple[Any, Any]:
     """A LLaVA of random weights, and its processor: 64 patches of a picture of 32 pixels."""
     words = ["<pad>", "<image>", "<s>", "what", "is", "this", "?"]
     vocabulary = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?")
@@ -82,7 +84,7 @@ def tiny() -> tuple[Any, Any]:
         T.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
         T.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special),
         patch_size=4,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=select,
         num_additional_image_tokens=1,
     )
     size = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=4, num_attention_heads=3)
@@ -90,6 +92,7 @@ def tiny() -> tuple[Any, Any]:
         vision_config=T.CLIPVisionConfig(**size, image_size=32, patch_size=4),
         text_config=T.LlamaConfig(**size, vocab_size=len(words)),
         image_token_index=1,
+        vision_feature_select_strategy=select,
     )
     return T.LlavaForConditionalGeneration(config).eval(), processor
 

@@ -37,8 +37,12 @@ def paligemma():
     return tiny_vit.randomised(T.PaliGemmaForConditionalGeneration(config)), processor
 
 
-@pytest.mark.parametrize("build", [vlm.tiny, paligemma], ids=["LLaVA", "PaliGemma"])
-def test_a_processor_writes_as_many_places_as_are_read(build):
+def with_class_token():
+    return vlm.tiny("full")
+
+
+@pytest.mark.parametrize(("build", "more"), [(vlm.tiny, 0), (with_class_token, 1), (paligemma, 0)])
+def test_a_processor_writes_as_many_places_as_are_read(build, more):
     model, processor = build()
     projected = []
     model.model.multi_modal_projector.register_forward_hook(lambda m, a, out: projected.append(out.shape[1]))
@@ -46,9 +50,9 @@ def test_a_processor_writes_as_many_places_as_are_read(build):
         vlm.shorten_prompts(model, processor, keep)
         inputs = processor(images=Image.new("RGB", (40, 50), "red"), text="<image> what", return_tensors="pt")
         image = getattr(model.config, "image_token_id", model.config.image_token_index)
-        assert (inputs["input_ids"] == image).sum() == keep
+        assert (inputs["input_ids"] == image).sum() == keep + more
         assert model.generate(**inputs, **CALL).shape[1] == inputs["input_ids"].shape[1] + 5
-        assert projected.pop() == keep
+        assert projected.pop() == keep + more
 
 
 @pytest.fixture(scope="module")
