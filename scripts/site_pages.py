@@ -18,6 +18,7 @@ OUTSIDE = {
     "CHANGELOG.md": "CHANGELOG.md",
     "emoji-model.md": "tomesd/emoji-model/README.md",
     "token_merger.py": "examples/token_merger.py",
+    "vlm.py": "examples/vlm.py",
 }
 PICTURES = [*ROOT.glob("examples/pictures/*"), *ROOT.glob("tomesd/emoji-model/*.png")]
 

@@ -10,6 +10,7 @@ import tiny
 import torch
 
 import tomesd
+import tomesd.vit as tome
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -31,6 +32,7 @@ def names():
         "sizes": torch.ones(2, 4096),
         "metric": metric,
         "x": metric,
+        "images": torch.randn(1, 3, 224, 224),
         "torch": torch,
     }
 
@@ -56,6 +58,7 @@ def tiny_world(monkeypatch, tmp_path):
         "tune",
         lambda pipe, *_, **__: tomesd.Recipe({tomesd.explain(pipe).rows[0].name: tomesd.Merge(0.5)}),
     )
+    monkeypatch.setattr(tome, "tune", lambda *_, **__: tome.Schedule([40, 0, 8]))
     monkeypatch.chdir(tmp_path)
     yield pipe
     torch.compiler.reset()

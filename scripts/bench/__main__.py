@@ -16,6 +16,7 @@ COMMANDS = {
     "training": "losses of a LoRA and of a whole fine-tune with merging, beside plain",
     "step-4k": "one step of the shipped model on the tokens of a 4K picture",
     "eval-vit": "accuracy of DINOv2 with merged tokens on Fashion-MNIST",
+    "matching": "which tokens of DINOv2 merge: error of features by ways to match them",
     "validate": "accuracy and speed of a classifier on a folder of pictures",
     "peers": "fetches the packages that tomesd is compared with",
     "dinov2": "writes real DINOv2 weights to a file, without a model hub",

@@ -3,6 +3,7 @@
     python scripts/bench eval-vit --csv eval.csv --plot eval.png             timm, half an hour on one core
     python scripts/bench eval-vit --backend timm transformers --r 0 3 5:-1    a few settings, both hosts
     python scripts/bench eval-vit --test 2000                                 a quick look
+    python scripts/bench eval-vit --r tune:0.49 tune:0.45                     schedules that tome.tune finds
 
 A linear probe is trained once, on features of the plain model, and then used with merging: nothing is trained
 for it. `probe` and `knn` (20 nearest by cosine among the plain training features) are accuracies in per cent,
@@ -46,11 +47,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "keys, mlerp": {"metric": "keys"},
     "no proportional attention": {"prop_attn": False},
 }
-R = int | tuple[int, float] | list[int]
+R = int | tuple[int, float] | list[int] | tome.Schedule
+# So many pictures, without their classes, are tuned on: the last ones, which no probe learns from.
+TUNED = 128
 
 
 def parse_setting(text: str) -> R:
-    """`8` in every layer; `8:-1` with an inflection; `8,8,0,4` layer by layer."""
+    """`8` in every layer; `8:-1` with an inflection; `8,8,0,4` layer by layer; a file of `tome.Schedule`."""
+    if text.endswith(".json"):
+        return tome.Schedule.load(text)
     if "," in text:
         return [int(part) for part in text.split(",")]
     if ":" in text:
@@ -88,15 +93,19 @@ def load(backend: str, args: argparse.Namespace) -> nn.Module:
     return model.to(args.device, getattr(torch, args.dtype))
 
 
+def pooled(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Class token and mean patch token after the final norm, `[n, width]` each."""
+    timm = hasattr(model, "forward_features")
+    tokens = (model.forward_features(x) if timm else model(x).last_hidden_state).float()
+    return tokens[:, 0], tokens[:, 1:].mean(1)
+
+
 @torch.inference_mode()
 def features(model: nn.Module, pictures: Tensor, what: str, args: argparse.Namespace) -> Tensor:
-    """Class token and mean patch token after the final norm, side by side: `[n, 2 * width]`."""
+    """What is pooled, side by side: `[n, 2 * width]`."""
     rows = []
     for part in tqdm(pictures.split(args.batch_size), desc=what, unit="batch", leave=False):
-        x = prepare(part, args)
-        timm = hasattr(model, "forward_features")
-        tokens = (model.forward_features(x) if timm else model(x).last_hidden_state).float()
-        rows.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1).cpu())
+        rows.append(torch.cat(pooled(model, prepare(part, args)), dim=1).cpu())
     return torch.cat(rows)
 
 
@@ -150,6 +159,19 @@ def nearest(x: Tensor, classes: Tensor, train: Tensor, train_classes: Tensor, k:
     return 100 * (votes.argmax(1) == classes).float().mean().item()
 
 
+def tuned(model: nn.Module, way: str, flops: str, args: argparse.Namespace) -> tome.Schedule:
+    """A schedule that leaves a share of the operations of the blocks, by what probes see."""
+    pictures = fashion_mnist("train", 60_000)[0][-TUNED:]
+    batches = [prepare(part, args) for part in pictures.split(args.batch_size)]
+    tome.apply_patch(model, **WAYS[way])
+    try:
+        schedule = tome.tune(model, lambda: [pooled(model, x) for x in batches], float(flops))
+    finally:
+        tome.remove_patch(model)
+    print(schedule, flush=True)
+    return schedule
+
+
 def cost(r: R, size: int) -> tuple[int, float]:
     """Tokens summed over layers, and operations of one picture relative to plain."""
 
@@ -184,6 +206,8 @@ def evaluate(backend: str, args: argparse.Namespace) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for way in args.ways:
         for setting in args.r:
+            if setting.startswith("tune:"):
+                setting = ",".join(map(str, tuned(model, way, setting.removeprefix("tune:"), args)))
             r = parse_setting(setting)
             tokens, flops = cost(r, args.size)
             merged = flops < 1
@@ -234,7 +258,9 @@ def run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--backend", nargs="+", default=["timm"], choices=["timm", "transformers"])
     parser.add_argument("--ways", nargs="+", default=["ours", "ToMe"], choices=list(WAYS))
     default = ["0", "2", "3", "4", "5", "6", "3:-1", "4:-1", "5:-1"]
-    parser.add_argument("--r", nargs="+", default=default, help="8, or 8:-1 (inflection), or 8,8,4 (layers)")
+    parser.add_argument(
+        "--r", nargs="+", default=default, help="8, or 8:-1 (inflection), or 8,8,4 (layers), or tune:0.5"
+    )
     parser.add_argument("--size", type=positive, default=112, help="pixels, a multiple of 14")
     parser.add_argument("--test", type=positive, default=10_000, help="how many test pictures")
     parser.add_argument(

@@ -72,7 +72,12 @@ def run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--data", required=True, help="folder with one folder of pictures for each class")
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--r", nargs="+", default=["0", "8"], help="8, 8:-1 (inflection) or 8,8,4 (layers)")
+    parser.add_argument(
+        "--r",
+        nargs="+",
+        default=["0", "8"],
+        help="8, 8:-1 (inflection), 8,8,4 (layers), or a file of tome.Schedule",
+    )
     parser.add_argument("--prop-attn", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--batch-size", type=positive, default=64, help="of each process")
     parser.add_argument("--workers", type=int, default=4)

@@ -4,6 +4,7 @@ import csv
 
 import attention
 import count
+import matching
 import pytest
 import step_4k
 import tiny
@@ -13,6 +14,8 @@ from diffusers.models.attention_processor import Attention
 
 from tomesd.commands import memory, models
 from tomesd.commands.common import smooth
+from tomesd.maths.grid import alternate
+from tomesd.maths.matching import match_exact
 
 
 def test_what_a_step_costs_is_counted():
@@ -96,3 +99,21 @@ def test_a_vision_transformer_is_timed_in_each_way(tmp_path, capsys):
     assert float(rows[0]["error"]) == 0 < float(rows[1]["error"]) < 1
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "vit_tiny_patch16_224, size 64, dtype float32" in capsys.readouterr().out
+
+
+def test_tokens_are_matched_in_each_way():
+    metric, sizes = torch.randn(2, 17, 8), torch.randint(1, 9, (2, 17))
+    maps = {way: matching.matched(way, metric, sizes, 1, 5, depth=0.5) for way in matching.WAYS}
+    for token_map in maps.values():
+        assert token_map.groups == 12
+        assert (token_map.keep[:, 0] == 0).all()
+        assert (token_map.sizes[:, 0] == 1).all()
+    ours = match_exact(metric, alternate(17, 1), 5)
+    assert torch.equal(maps["alternating"].index, ours.index)
+    # By sizes no token leaves that is larger than one that others join.
+    left = torch.ones(2, 17, dtype=torch.bool).scatter(1, maps["sizes"].keep, False)
+    joined = torch.zeros(2, 17, dtype=torch.bool).scatter(1, maps["sizes"].keep, maps["sizes"].sizes > 1)
+    for i in range(2):
+        assert sizes[i, left[i]].max() <= sizes[i, joined[i]].min()
+    alike = matching.matched("ward", metric, torch.ones_like(sizes), 1, 5, depth=0.5)
+    assert torch.equal(alike.index, ours.index)

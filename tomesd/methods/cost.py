@@ -79,6 +79,16 @@ def work_of(
     return Work(tuple(linears), tuple(attentions), merges)
 
 
+def layer_work(site: Site, channels: int) -> Work:
+    """What a block of a vision transformer is: attention, and the rest on the tokens left after it."""
+    before: Rows = "left" if site.block.middle == "" else "all"
+    # With what it holds beside attention proper, such as the layer after it.
+    attn = submodule(site.module, site.block.attn.path.split(".")[0])
+    others = [] if attn is site.module else [part for part in site.module.children() if part is not attn]
+    linears = [*_linears(attn, before), *(shape for part in others for shape in _linears(part, "left"))]
+    return Work(tuple(linears), ((before, before, 1, channels),))
+
+
 def _linears(module: nn.Module | None, rows: Rows) -> list[tuple[Rows, int, int]]:
     if module is None:
         return []

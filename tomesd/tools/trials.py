@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ LEAST = 0.01
 # How many ways to share out the time are kept; the rest lies between them.
 KEPT = 2000
 
+Trials = TypeVar("Trials")
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -221,7 +222,7 @@ def units_of(network: ImageNetwork) -> list[Unit]:
 def measure(tuning: Tuning, methods: Sequence[Method], progress: bool = True) -> Iterator[Tuning]:
     """Tries each method in each transformer, and yields after each one that was not known."""
     left = [(u, m) for u in tuning.units for m in methods if u.key(m) not in tuning.trials]
-    for unit, method in _shown(left) if progress else left:
+    for unit, method in shown(left) if progress else left:
         with torch.no_grad():
             try:
                 with patched(tuning.pipe, Recipe(dict.fromkeys(unit.blocks, method))):
@@ -244,10 +245,11 @@ def _first(output: Any) -> Tensor:
     return first
 
 
-def _shown(trials: list[tuple[Unit, Method]]) -> Iterable[tuple[Unit, Method]]:
+def shown(trials: Iterable[Trials]) -> Iterable[Trials]:
+    """Trials with a bar, where tqdm is installed."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return trials
-    bar: Iterable[tuple[Unit, Method]] = tqdm(trials, desc="tune", unit="trial")
+    bar: Iterable[Trials] = tqdm(trials, desc="tune", unit="trial")
     return bar

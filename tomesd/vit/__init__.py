@@ -6,12 +6,14 @@ from ..methods.schedule import parse_r
 from . import merge, patch, utils
 from .patch import apply_patch, remove_patch, set_r, source
 from .reduction import Reduced, keep, reduce
+from .tuning import Schedule, tune
 from .vis import make_visualization
 
 __all__ = [
     "Block",
     "Part",
     "Reduced",
+    "Schedule",
     "VisionFamily",
     "apply_patch",
     "keep",
@@ -24,5 +26,6 @@ __all__ = [
     "remove_patch",
     "set_r",
     "source",
+    "tune",
     "utils",
 ]

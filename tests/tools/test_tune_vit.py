@@ -1,0 +1,159 @@
+"""tune for vision transformers: what schedules cost, the search, and schedules in files."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import tiny_vit
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import tomesd.vit as tome
+from tomesd.hosts.hooks import patch_of
+from tomesd.hosts.vits import find_networks
+from tomesd.methods.cost import Work
+from tomesd.vit import tuning
+
+CASE = tiny_vit.CASES["timm ViT"]
+R = [20, 0, 3, 9]
+
+
+def operations_of(model, run):
+    (network,) = find_networks(model)
+    return tuning.Operations.of(network, patch_of(network.module), run)
+
+
+@pytest.mark.parametrize(
+    "name", ["timm DINOv2 with registers", "timm parallel", "torchvision", "transformers YOLOS"]
+)
+def test_operations_and_tokens_are_those_that_run(name):
+    case = tiny_vit.CASES[name]
+    model = tome.apply_patch(case.build(), trace_source=True)
+    operations = operations_of(model, lambda: case.run(model, 1))
+    counts = []
+    for r in ([0], R):
+        model.r = r
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            case.run(model, 1)
+        counts.append(counter.get_total_flops())
+    left = operations.left(R)
+    assert left == [tome.source(model, layer).groups for layer in range(4)]
+    free = [n - operations.fixed for n in (operations.tokens, *left)]
+    matching = sum(2 * 24 * (n // 2) * (n - n // 2) for n, r in zip(free, R, strict=False) if r)
+    plain = sum(work.flops(operations.tokens, operations.tokens) for work in operations.works)
+    assert plain * (1 - operations.share(R)) == pytest.approx(counts[0] - counts[1] + matching)
+
+
+class MadeUp(dict):
+    """Errors of three layers of which the second one loses little, but only after the first has merged."""
+
+    @property
+    def known(self):
+        return self
+
+    def __call__(self, r):
+        a, b, c = r
+        return self.setdefault(tuple(r), 3 * a**2 + max(0, b - a) ** 2 + 0.2 * b**2 + c**2)
+
+
+@pytest.mark.parametrize("limit", [0.5, 0.7])
+def test_the_search_finds_the_best_of_all(limit):
+    work = Work((("all", 8, 8), ("left", 8, 32)), (("all", "all", 1, 8),))
+    operations = tuning.Operations((work,) * 3, 25, 1)
+    judge = MadeUp()
+    every = {tuple(operations.merged(r)) for r in itertools.product(range(13), repeat=3)}
+    best, start = tuning.search(judge, operations, limit, range(150))
+    assert operations.share(best) <= limit
+    assert judge(best) < judge(start)
+    assert len(judge) < 160
+    assert judge(best) == min(MadeUp()(r) for r in every if operations.share(r) <= limit)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_what_is_found_is_nearer_than_what_is_made_by_hand(patched):
+    model, x = CASE.build(), tiny_vit.images(6)
+    if patched:
+        tome.apply_patch(model, mode="mean")
+        model.r = 3
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    before = model(x)
+    schedule = tome.tune(model, [x[:4], x[4:]], 0.6, trials=20, progress=False)
+    assert torch.equal(model(x), before)
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert schedule.about["error"] < schedule.about["error_by_hand"]
+    assert schedule.about["flops"] <= 0.6
+    if not patched:
+        tome.apply_patch(model)
+    model.r = 0
+    plain = model(x)
+    model.r = schedule
+    error = ((model(x) - plain).norm(dim=1) / plain.norm(dim=1)).square().mean().sqrt()
+    assert error.item() == pytest.approx(schedule.about["error"], rel=1e-3)
+
+
+def test_a_function_may_say_what_is_to_stay_near():
+    model = tiny_vit.CASES["transformers CLIP"].build()
+    asked = []
+
+    def run():
+        asked.append(model.vision_model(tiny_vit.images(2)))
+        return asked[-1].last_hidden_state[:, 1:]
+
+    tome.apply_patch(model)
+    schedule = tome.tune(model.vision_model, run, trials=0, progress=False)
+    model.r = 5
+    assert patch_of(find_networks(model)[0].module).r == 5  # that of the model that was patched
+    assert schedule.about["error"] == schedule.about["error_by_hand"]
+    # Plain, the sizes of the tokens, and what is made by hand.
+    assert 3 <= len(asked) <= 8
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"flops": 1}, ValueError, "flops must be above 0 and below 1, the share that is left, got 1"),
+        ({"flops": "half"}, TypeError, "flops must be a number, got 'half'"),
+        ({"flops": 0.1}, ValueError, r"no schedule leaves 0\.1 of the operations: 0\.\d+ is the least"),
+        ({"trials": -1}, ValueError, "trials must be at least 0, got -1"),
+        ({"images": lambda: None}, TypeError, "no floating point tensor with a row for each picture"),
+        (
+            {"images": "cats"},
+            TypeError,
+            "images must be a tensor, a list of tensors or a function, got 'cats'",
+        ),
+        ({"images": lambda: torch.zeros(2, 3)}, ValueError, "VisionTransformer did not run"),
+        ({"model": CASE.build().train()}, ValueError, r"call model\.eval\(\) first"),
+        ({"model": torch.nn.ModuleList([CASE.build(), CASE.build()])}, ValueError, "pass one of them: 0, 1"),
+        ({"model": torch.nn.Linear(3, 3)}, ValueError, "Linear holds no vision transformer"),
+    ],
+)
+def test_mistakes_are_named_and_leave_no_patch(change, error, says):
+    given = {"model": CASE.build(), "images": tiny_vit.images(1), "progress": False, **change}
+    with pytest.raises(error, match=says):
+        tome.tune(**given)
+    assert not any(module._forward_hooks for module in given["model"].modules())
+
+
+def test_schedules_are_lists_that_are_kept_in_files(tmp_path):
+    schedule = tome.Schedule([20, 4, 0, 1], {"flops": 0.5, "error_by_hand": 0.25, "left": [45, 41, 41, 40]})
+    schedule.save(tmp_path / "schedule.json")
+    for again in (tome.Schedule.load(tmp_path / "schedule.json"), copy.deepcopy(schedule)):
+        assert again == schedule == [20, 4, 0, 1]
+        assert again.about == schedule.about
+    assert pickle.loads(pickle.dumps(schedule)).about == schedule.about
+    assert str(schedule).splitlines() == [
+        "layer      r   left",
+        "    1     20     45",
+        "    2      4     41",
+        "    3      0     41",
+        "    4      1     40",
+        "flops 0.5, error by hand 0.25",
+    ]
+    assert str(tome.Schedule([0.5])).splitlines() == ["layer      r   left", "    1    0.5"]
+    with pytest.raises(TypeError, match="r must be an integer"):
+        tome.Schedule([1, "2"])
+    (tmp_path / "other.json").write_text("[8, 4]")
+    with pytest.raises(TypeError, match=r"a schedule is described by \{\"r\": \[8, 4, 2\]\}, got \[8, 4\]"):
+        tome.Schedule.load(tmp_path / "other.json")
