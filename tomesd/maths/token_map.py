@@ -131,6 +131,12 @@ class TokenMap:
         b = self.index.shape[0]
         return self._once("rows", lambda: self.index[0] if b == 1 else _flat(self.index, b, self.groups))
 
+    @property
+    def keep_rows(self) -> Tensor:
+        """The survivors as rows of all samples' tokens, int64 `[B * M]`."""
+        b = self.keep.shape[0]
+        return self._once("keep_rows", lambda: self.keep[0] if b == 1 else _flat(self.keep, b, self.tokens))
+
     def source_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`[B, M, N]`, 1 where a token belongs to a group, else 0. Grows as M x N: made on request only."""
         groups = torch.arange(self.groups, device=self.index.device)
@@ -174,7 +180,9 @@ class TokenMap:
         if self.is_identity:
             return x
         if mode == "drop":
-            return _take(x, self.keep)
+            if self.keep.shape[0] != x.shape[0]:
+                return _take(x, self.keep)
+            return x.flatten(0, 1).index_select(0, self.keep_rows).view(*self.keep.shape, *x.shape[2:])
         if x.dtype == torch.bool:
             return self._scatter(x.to(torch.uint8), "amax", from_zero=True).to(torch.bool)
         if mode == "amax":
@@ -273,8 +281,10 @@ class TokenMap:
 
 
 def in_full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast off, on devices that have it."""
-    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+    """Autocast off, where it is on."""
+    kind = x.device.type
+    is_on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 def _align(per_token: Tensor, x: Tensor) -> Tensor:

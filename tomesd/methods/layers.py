@@ -30,11 +30,10 @@ from torch import Tensor, nn
 from ..hosts.family import Network, Site, submodule
 from ..hosts.hooks import Args, Argument, Kwargs, PerThread
 from ..hosts.vits import VisionFamily
+from ..maths.alternating import Step, merge_alternating
 from ..maths.attention import key_bias, take_rope
-from ..maths.grid import alternate
-from ..maths.matching import match_exact
-from ..maths.token_map import TokenMap, in_full_precision
-from .layers_patch import STATE, Hooks, LayersPatch, NetworkHooks, State, state_of, where_filled
+from ..maths.token_map import TokenMap
+from .layers_patch import STATE, Hooks, LayersPatch, NetworkHooks, Part, State, state_of, where_filled
 
 # Tokens are compared by so many of their channels: with 128 of 384 DINOv2-S keeps its accuracy, with 64 it
 # does not, and with all of 768 ViT-B loses some of its speed.
@@ -52,6 +51,7 @@ def attach(patch: LayersPatch, network: Network[VisionFamily]) -> None:
 class LayerCall:
     """What is known of a block during one call of it."""
 
+    merging: bool = False  # whether tokens have merged in the blocks before it, or are to merge here
     begun: bool = False  # whether the parts of the block are being called
     attended: bool = False  # whether attention has been among them
     halfway: bool = False  # whether the middle has been
@@ -63,8 +63,8 @@ class LayerCall:
     before: TokenMap | None = None  # which tokens the blocks before it have merged
     size: Tensor | None = None  # how many tokens each one stands for
     metric: Tensor | None = None  # what tokens are compared by, if not by themselves
-    map: TokenMap | None = None  # which tokens merge here
-    gain: Tensor | None = None  # what merging changed in those that survive
+    step: Step | None = None  # what merges here
+    gain: Tensor | None = None  # what that changed in those that survive
 
 
 class LayerHooks(Hooks):
@@ -104,11 +104,12 @@ class LayerHooks(Hooks):
             patch.before(site.module, self.merge_at_once)
         patch.before(attn, self.enter_attention)
         patch.after(attn, self.leave_attention, first=True)
-        # Around the last two an adapter would have all tokens beside merged ones.
-        self.parts = {block.middle: False, block.end: False, block.input: True, part.path: True}
+        # Around the first two an adapter would have all tokens beside merged ones.
+        self.parts = {block.middle: Part(middle, False), block.end: Part(end, False)}
+        self.parts |= {block.input: Part(first, True), part.path: Part(attn, True)}
         if keys and isinstance(key_layer, nn.Module):
             patch.after(key_layer, self.keep_keys)
-            self.parts[f"{part.path}.{part.key_layer}"] = False
+            self.parts[f"{part.path}.{part.key_layer}"] = Part(key_layer, False)
         self.parts.pop("", None)
         if not at_once:
             patch.before(middle, self.merge)
@@ -128,18 +129,19 @@ class LayerHooks(Hooks):
             )
         if self.layer == 0 and patch.trace_source:
             patch.maps = patch.own.get().maps = [None] * patch.layers
-        schedule = patch.schedule
-        if not any(schedule[: self.layer + 1]):
+        first = patch.schedule.first
+        own.merging = first <= self.layer
+        if not own.merging:
             return None
         self.look_for_replaced(block, self.name, self.parts)
-        if not any(schedule[: self.layer]):
+        if first == self.layer:
             return None
-        before, inside = state_of(x, self.name)
+        before, _, inside = state_of(x, self.name)
         own.handed = getattr(x, STATE)
         if before is None or inside:
             return None
         merged = patch.turned(before.merge(patch.turned(x), "drop"))
-        setattr(merged, STATE, getattr(x, STATE))
+        setattr(merged, STATE, own.handed)
         return self.tokens.put(args, kwargs, [merged] if isinstance(given, list) else merged)
 
     @where_filled
@@ -149,14 +151,11 @@ class LayerHooks(Hooks):
         handed, own.handed = own.handed, None
         if handed is not None and not hasattr(x, STATE):
             setattr(x, STATE, handed)  # accelerate has moved the tokens to the device of this block
-        own.before, own.inside = None, False
-        if any(schedule[: self.layer]):
-            own.before, own.inside = state_of(x, self.name)
-        elif hasattr(x, STATE):
-            own.inside = state_of(x, self.name)[1]
-        own.r = schedule[self.layer]
-        own.size = None if own.before is None else own.before.sizes
-        own.map = own.metric = own.gain = None
+        own.before, own.size, own.inside = None, None, False
+        if schedule.first < self.layer or hasattr(x, STATE):
+            own.before, own.size, own.inside = state_of(x, self.name)
+        own.r = schedule.steps[self.layer]
+        own.step = own.metric = own.gain = None
         own.begun = own.r > 0 or own.before is not None
         own.attended = own.halfway = own.ended = False
         if own.begun:
@@ -230,82 +229,79 @@ class LayerHooks(Hooks):
         if not self._begun(own) or not own.attended:
             return None
         x = self.halfway.get(args, kwargs)
-        if self._shape(x, str(self.block.middle)) != own.shape or own.map is not None:
+        if self._shape(x, str(self.block.middle)) != own.shape or own.step is not None:
             raise RuntimeError(
                 f"tomesd: {self.name}.{self.block.middle}, where its tokens {list(own.shape)} merge, was "
-                f"given {list(x.shape)}{' once more' if own.map is not None else ''}"
+                f"given {list(x.shape)}{' once more' if own.step is not None else ''}"
             )
         own.halfway = True
-        x = patch.turned(x)
-        merged = self._merge(own, x)
-        if own.map is None:
+        own.step = step = self._merge(own, patch.turned(x))
+        if step is None:
             return None
-        own.gain = merged - own.map.merge(x, "drop")
-        return self.halfway.put(args, kwargs, patch.turned(merged))
+        own.gain = step.tokens - step.kept
+        return self.halfway.put(args, kwargs, patch.turned(step.tokens))
 
     @where_filled
     def merge_at_once(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Merges what the block is given, and it runs on that as if the blocks before it had merged it."""
         own, patch = self.own.get(), self.patch
         own.halfway = True
-        merged = self._merge(own, patch.turned(self.tokens.get(args, kwargs)))
-        if own.map is None:
+        step = self._merge(own, patch.turned(self.tokens.get(args, kwargs)))
+        if step is None:
             return None
-        own.before = own.map if own.before is None else own.before.compose(own.map)
-        own.size, own.map = own.before.sizes, None
-        own.shape = merged.shape[0], merged.shape[1]
-        return self.tokens.put(args, kwargs, patch.turned(merged))
+        own.before = step.map if own.before is None else own.before.compose(step.map)
+        own.size, own.shape = step.size, (step.tokens.shape[0], step.tokens.shape[1])
+        return self.tokens.put(args, kwargs, patch.turned(step.tokens))
 
     @where_filled
     def unmerge(self, part: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         own, patch = self.own.get(), self.patch
         # It may be a module that the first half calls too.
-        if own.map is None or own.ended:
+        if own.step is None or own.ended:
             return output
         own.ended = True
-        return patch.turned(own.map.unmerge(patch.turned(output)))
+        return patch.turned(own.step.map.unmerge(patch.turned(output)))
 
     @where_filled
     def leave(self, block: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         own, patch = self.own.get(), self.patch
-        merging = any(patch.schedule[: self.layer + 1])
         if isinstance(output, list) and len(output) == 1:
             return [self.leave(block, args, kwargs, output[0])]
-        if merging:
+        if own.merging:
             self._look_for_skipped(block, own)
             self._shape(output, "")
         elif not isinstance(output, Tensor):
             return output
-        after, x = own.before, patch.turned(output)
-        if own.map is not None and own.gain is not None:
-            x = own.map.merge(x, "drop") + own.gain
-            after = own.map if after is None else after.compose(own.map)
+        after, size, x = own.before, own.size, patch.turned(output)
+        if own.step is not None and own.gain is not None:
+            step, size = own.step.map, own.step.size
+            x = step.merge(x, "drop") + own.gain
+            after = step if after is None else after.compose(step)
         if after is not None and not own.inside:
             x = after.unmerge(x)
-        maps = patch.own.get().maps
-        if patch.trace_source and maps:
-            maps[self.layer] = after or TokenMap.identity(x.shape[1], x.device)
-        own.before = own.map = own.size = own.metric = own.gain = None
+        if patch.trace_source:
+            maps = patch.own.get().maps
+            if maps:
+                maps[self.layer] = after or TokenMap.identity(x.shape[1], x.device)
+        own.before = own.step = own.size = own.metric = own.gain = None
         own.begun = False
         x = patch.turned(x)
-        if merging:
-            setattr(x, STATE, (None if after is None else (after.index, after.keep), own.inside))
+        if own.merging:
+            merged = None if after is None or size is None else (after.index, after.keep, size)
+            setattr(x, STATE, (merged, own.inside))
         return x
 
-    def _merge(self, own: LayerCall, x: Tensor) -> Tensor:
-        """Merges tokens `[B, N, C]`; the map stays in `own`, or None if there is nothing to merge."""
+    def _merge(self, own: LayerCall, x: Tensor) -> Step | None:
+        """Merges tokens `[B, N, C]`, if there is something to merge."""
         patch = self.patch
-        free = x.shape[1] - patch.protected - patch.last
+        b, n, _ = x.shape
+        free = n - patch.protected - patch.last
         r = min(own.r if isinstance(own.r, int) else int(own.r * free), free // 2)
         if r <= 0:
-            return x
+            return None
         metric = x.detach()[..., :CHANNELS] if own.metric is None else own.metric
-        partition = alternate(x.shape[1] - patch.last, patch.protected, x.device)
-        # In half precision many cosines near 1 are equal, and the accuracy of the model suffers.
-        with in_full_precision(x):
-            own.map = match_exact(metric.float(), partition, r)
-        size = None if own.size is None else own.size.expand(x.shape[0], -1)
-        return own.map.merge(x, patch.method.mode, size)
+        size = x.new_ones(b, n, dtype=torch.float32) if own.size is None else own.size
+        return merge_alternating(x, size, metric, r, patch.protected, patch.last, patch.method.mode)
 
     @property
     def _needs_keys(self) -> bool:
@@ -340,7 +336,7 @@ class LayerHooks(Hooks):
         """Whether a part is called by the block, and not alone."""
         if own.begun or torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return own.begun
-        if any(self.patch.schedule[: self.layer + 1]):
+        if self.patch.schedule.first <= self.layer:
             raise RuntimeError(
                 f"tomesd: a part of {self.name} is computed again in the backward pass, without its block: "
                 "patch after activation checkpointing was set up, or checkpoint whole blocks"
@@ -356,7 +352,7 @@ class LayerHooks(Hooks):
         elif own.r > 0 and not own.halfway:
             skipped = self.block.middle
         else:
-            skipped = None if own.map is None or own.ended else self.block.end
+            skipped = None if own.step is None or own.ended else self.block.end
         if skipped is not None:
             raise RuntimeError(
                 f"tomesd: {self.name} did not call its {skipped}, or not in the order that is known: "
