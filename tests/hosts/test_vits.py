@@ -2,6 +2,7 @@
 
 import copy
 import io
+import time
 
 import accelerate.hooks
 import ddp_worker
@@ -212,10 +213,16 @@ def test_timm_without_fused_attention_merges_alike():
 
 
 def test_data_parallel_training_in_two_processes(tmp_path):
-    torch.multiprocessing.spawn(ddp_worker.train, (str(tmp_path), SCHEDULE), nprocs=2)
-    model = tome.apply_patch(CASES["timm ViT"].build().train())
-    model.r = SCHEDULE
-    model(tiny_vit.images()).square().mean().backward()
+    workers = torch.multiprocessing.spawn(ddp_worker.train, (str(tmp_path), SCHEDULE), nprocs=2, join=False)
+    try:
+        end = time.monotonic() + 180
+        while not workers.join(timeout=1):
+            assert time.monotonic() < end, "a process hangs"
+    finally:
+        for process in workers.processes:
+            process.kill()
+    model, images = ddp_worker.build(SCHEDULE)
+    model(images).square().mean().backward()
     for got, weight in zip(torch.load(tmp_path / "grads.pt"), model.parameters(), strict=True):
         torch.testing.assert_close(got, weight.grad, rtol=1e-4, atol=1e-6)
 

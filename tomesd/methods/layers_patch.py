@@ -247,6 +247,10 @@ class NetworkHooks(Hooks):
         self.path = network.family.path
         self.blocks = [site.module for site in network.sites]
         patch.before(module, self.look_for_blocks)
+        # Not every call is of the network itself: timm's forward_features is called alone.
+        others = [child for name, child in module.named_children() if name != self.path.partition(".")[0]]
+        for first in others[:1]:
+            patch.before(first, self.look_for_blocks)
         self.mask: Argument | None = None
         if "attention_mask" in inspect.signature(type(module).forward).parameters:
             self.mask = Argument(module, "attention_mask")
@@ -265,9 +269,9 @@ class NetworkHooks(Hooks):
         )
 
     @where_filled
-    def look_for_blocks(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    def look_for_blocks(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Raises an error if there is a block that was not there when the network was patched."""
-        container = submodule(network, self.path)
+        container = submodule(self.patch.network, self.path)
         if container is None or self.patch.schedule.first == self.patch.layers:
             return
         for place, (name, block) in enumerate(container._modules.items()):
@@ -292,7 +296,7 @@ class NetworkHooks(Hooks):
     @where_filled
     def enter(self, container: nn.Sequential, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Tells the first block whether nobody looks at the tokens between the blocks."""
-        self.look_for_blocks(self.patch.network, args, kwargs)
+        self.look_for_blocks(container, args, kwargs)
         if any(len(block._forward_hooks) > 1 or len(block._forward_pre_hooks) > 1 for block in container):
             return None
         x = args[0].view_as(args[0])
