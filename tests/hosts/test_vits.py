@@ -256,6 +256,8 @@ def test_fine_tuning_with_merging_converges_through_accelerate():
     ("build", "reason"),
     [
         (lambda: timm().create_model("swin_tiny_patch4_window7_224"), "windows of the whole grid"),
+        (lambda: vitdet(), "windows of the whole grid"),
+        (lambda: qwen(), "joins each 2 x 2 patches in the end"),
         (lambda: timm().create_model("beit_base_patch16_224", depth=1), "bias for each pair of positions"),
         (lambda: timm().create_model("vit_relpos_small_patch16_224", depth=1), "bias for each pair"),
         (
@@ -297,6 +299,21 @@ def timm():
     import timm
 
     return timm
+
+
+def vitdet():
+    import transformers as T
+
+    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4)
+    return T.VitDetModel(T.VitDetConfig(**sizes, window_size=4, window_block_indices=[0]))
+
+
+def qwen():
+    from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    sizes = dict(depth=2, hidden_size=24, num_heads=2, intermediate_size=48, out_hidden_size=24)
+    return Qwen2_5_VisionTransformerPretrainedModel(Qwen2_5_VLConfig(vision_config=sizes).vision_config)
 
 
 def parallel():

@@ -285,13 +285,21 @@ FAMILIES = [
 RELATIVE = "its attention has a bias for each pair of positions, and a merged token has no single position"
 WINDOWED = "its attention runs in windows of the whole grid, and merged tokens fill none"
 PADDED = "it packs images of different sizes under a mask of each image's patches"
+JOINED = (
+    "it packs images into one sequence and joins each 2 x 2 patches in the end, for which all have to be "
+    "there (tome.reduce merges what comes out)"
+)
 REFUSED: dict[tuple[str, ...], str] = {
     ("SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "SwinModel", "Swinv2Model"): WINDOWED,
-    ("SwinBackbone", "Swinv2Backbone", "MaxxVit", "Hiera", "HieraModel"): WINDOWED,
-    ("VisionTransformerSAM", "SamVisionEncoder"): WINDOWED,
+    ("SwinBackbone", "Swinv2Backbone", "MaskFormerSwinModel", "DonutSwinModel", "TinyVit"): WINDOWED,
+    ("MaxxVit", "MaxVit", "Hiera", "HieraModel", "HieraDet", "Sam2HieraDetModel", "DaVit"): WINDOWED,
+    ("VisionTransformerSAM", "SamVisionEncoder", "SamHQVisionEncoder", "ImageEncoderViT"): WINDOWED,
+    ("VitDetModel", "VitDetBackbone", "GlobalContextVit", "Twins", "Nest"): WINDOWED,
+    ("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel"): JOINED,
+    ("Qwen3VLVisionModel",): JOINED,
     ("Beit", "BeitModel", "BeitBackbone", "Data2VecVisionModel"): RELATIVE,
     ("VisionTransformerRelPos",): RELATIVE,
-    ("NaFlexVit", "Siglip2VisionModel"): PADDED,
+    ("NaFlexVit", "Siglip2VisionModel", "PixtralVisionModel", "Idefics3VisionTransformer"): PADDED,
 }
 
 
