@@ -604,6 +604,19 @@ def test_scripting_is_refused_and_tracing_works_for_any_batch():
     torch.testing.assert_close(torch.jit.script(model)(X), model(X))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_exporter_writes_what_onnxruntime_runs(tmp_path):
+    pytest.importorskip("onnxscript")
+    ort = pytest.importorskip("onnxruntime")
+    model, batch = patched(r=[7, 0, 9, 40]), torch.export.Dim("batch", min=2, max=64)
+    torch.onnx.export(model, (X,), dynamo=True, dynamic_shapes=({0: batch},)).save(tmp_path / "vit.onnx")
+    session = ort.InferenceSession(tmp_path / "vit.onnx", providers=["CPUExecutionProvider"])
+    for size in (2, 3):
+        x = tiny_vit.images(size)
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{}, {"metric": "keys", "mode": "mean"}], ids=["layers", "as ToMe"])
 @pytest.mark.filterwarnings("ignore")
 def test_the_exporter_of_torchscript_writes_what_onnxruntime_runs(options):

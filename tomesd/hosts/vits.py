@@ -95,6 +95,8 @@ def _class_and_storage(network: Any) -> int:
 
 TIMM = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask")
 EVA = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask", rope="rope")
+TIMM_BLOCK = Block("norm1", TIMM, middle="norm2", end="drop_path2", or_end=("ls2", "mlp"), tokens="x")
+TIMM_POST = Block("attn", TIMM, middle="mlp", end="drop_path2", or_end=("norm2",), tokens="x")
 MULTIHEAD = Part("self_attention", tokens="query", bias="key_padding_mask")
 ATTENTION = Part("attention", key_layer="k_proj", bias="attention_mask")
 WITH_ROPE = Part("attention", key_layer="k_proj", bias="attention_mask", rope="position_embeddings")
@@ -131,13 +133,9 @@ FAMILIES = [
         "timm VisionTransformer",
         ("VisionTransformer",),
         {
-            "Block": Block(
-                "norm1", TIMM, middle="norm2", end="drop_path2", or_end=("ls2", "mlp"), tokens="x"
-            ),
+            "Block": TIMM_BLOCK,
             # Here the norms come after attention and mlp.
-            "ResPostBlock": Block(
-                "attn", TIMM, middle="mlp", end="drop_path2", or_end=("norm2",), tokens="x"
-            ),
+            "ResPostBlock": TIMM_POST,
             # One norm for attention and mlp, which run beside each other.
             "ParallelScalingBlock": Block(
                 "", Part("", tokens="x", bias="attn_mask"), middle="", end="", tokens="x"
@@ -152,12 +150,7 @@ FAMILIES = [
     VisionFamily(
         "timm Eva (EVA02, DINOv3)",
         ("Eva",),
-        {
-            "EvaBlock": Block("norm1", EVA, middle="norm2", end="drop_path2", or_end=("mlp",), tokens="x"),
-            "EvaBlockPostNorm": Block(
-                "attn", EVA, middle="mlp", end="drop_path2", or_end=("norm2",), tokens="x"
-            ),
-        },
+        {"EvaBlock": replace(TIMM_BLOCK, attn=EVA), "EvaBlockPostNorm": replace(TIMM_POST, attn=EVA)},
         package="timm",
         since="1.0.16",
         path="blocks",
@@ -257,11 +250,7 @@ FAMILIES = [
     VisionFamily(
         "transformers InternVL vision",
         ("InternVLVisionModel",),
-        {
-            "InternVLVisionLayer": Block(
-                "layernorm_before", INTERNVL, middle="layernorm_after", end="dropout", or_end=("mlp",)
-            )
-        },
+        {"InternVLVisionLayer": replace(VIT, attn=INTERNVL)},
         path="encoder.layer",
     ),
     VisionFamily(

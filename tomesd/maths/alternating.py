@@ -61,7 +61,7 @@ def merge_alternating(
     rank = stays.cumsum(0).sub_(1)  # of what stays; groups are as their survivors
     group = rank.view(b, n)[:, odd].gather(1, joined).flatten()
     rows = rank.scatter(0, leaving, group)
-    if has_bags(x.device):
+    if has_bags(x.device) and not torch.compiler.is_compiling():  # ONNX cannot search
         keep = torch.searchsorted(rank, row[: b * m])
     else:  # rows that leave write to a spare last place, so that no data-dependent shape arises
         keep = rank.new_zeros(b * m + 1).scatter(0, rank.where(stays == 1, b * m), row)[: b * m]

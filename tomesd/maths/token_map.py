@@ -214,6 +214,15 @@ class TokenMap:
             return _take(y, self.index)
         return y.flatten(0, 1).index_select(0, self.rows).view(*self.index.shape, *y.shape[2:])
 
+    def unmerge_attention(self, weights: Tensor) -> Tensor:
+        """Attention weights among all tokens: `[B, heads, M, M]` -> `[B, heads, N, N]`.
+
+        Tokens attend as their group does, and those of a group share evenly what it is given: rows keep their
+        sum.
+        """
+        shares = self.unmerge(weights.transpose(1, 2)) / self.sizes[:, None, None]
+        return self.unmerge(shares.permute(0, 3, 2, 1)).permute(0, 2, 3, 1)
+
     def fits(self, x: Tensor, length: int | None = None) -> bool:
         """Whether `x` has the shape `[B, N, ...]` that this map merges; or another `length` than N."""
         length = self.tokens if length is None else length

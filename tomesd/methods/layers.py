@@ -206,14 +206,10 @@ class LayerHooks(Hooks):
     @where_filled
     def leave_attention(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         """Gives attention weights, where asked for, on the original grid: `[B, heads, N, N]`."""
-        own = self.own.get()
-        before, size = own.before, own.size
-        if before is None or size is None or not isinstance(output, tuple) or output[1] is None:
+        before = self.own.get().before
+        if before is None or not isinstance(output, tuple) or output[1] is None:
             return output
-        rows = before.unmerge(output[1].transpose(1, 2))
-        share = rows / size[:, None, None, :]
-        weights = before.unmerge(share.permute(0, 3, 1, 2)).permute(0, 3, 2, 1)
-        return (output[0], weights, *output[2:])
+        return (output[0], before.unmerge_attention(output[1]), *output[2:])
 
     @where_filled
     def keep_keys(self, part: nn.Module, args: Args, kwargs: Kwargs, keys: Tensor) -> None:
