@@ -146,6 +146,8 @@ class TokenMap:
         """The map that does this one's merging and then that of `then`, a map of this one's M groups."""
         if then.tokens != self.groups:
             raise ValueError(f"a map of {then.tokens} tokens cannot follow one that leaves {self.groups}")
+        if then.index.shape[0] == self.index.shape[0]:
+            return TokenMap(then.index.gather(1, self.index), self.keep.gather(1, then.keep))
         batch = max(self.index.shape[0], then.index.shape[0])
         if self.index.shape[0] not in (1, batch) or then.index.shape[0] not in (1, batch):
             raise ValueError(

@@ -88,7 +88,7 @@ class LayerHooks(Hooks):
         self.bias = self._bias(network.family, attn)
         self.rope = Argument(attn, part.rope) if part.rope else None
         self.given, self.halfway = Argument(first, "", 0), Argument(middle, "", 0)
-        self.head_dim = getattr(attn, "head_dim", None)
+        self.head_dim, self.config = getattr(attn, "head_dim", None), getattr(attn, "config", None)
         key_layer = part.key_layer and submodule(attn, part.key_layer)
         shows_keys = key_layer is not None and self.head_dim is not None
         if keys and not shows_keys and not isinstance(attn, nn.MultiheadAttention):
@@ -175,7 +175,7 @@ class LayerHooks(Hooks):
         own.attended = True
         if isinstance(attn, nn.MultiheadAttention) and self._needs_keys:
             own.metric = _mean_keys(attn, patch.turned(x))
-        kind = getattr(getattr(attn, "config", None), "_attn_implementation", "sdpa")
+        kind = getattr(self.config, "_attn_implementation", "sdpa")
         if patch.prop_attn and kind not in ("eager", "sdpa"):
             raise ValueError(
                 f"tomesd: {kind} takes no sizes of tokens: set_attn_implementation('sdpa'), or patch with "
