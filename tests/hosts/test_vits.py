@@ -402,6 +402,45 @@ def test_what_drops_a_half_of_a_block_does_not_drop_the_merging(name, parts):
     torch.testing.assert_close(after, merged.unmerge(merged.merge(before)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("timm ViT", ["drop_path1", "drop_path2"]),  # hand on merged tokens
+        ("timm EVA02", ["drop_path1", "drop_path2"]),  # give back all
+        ("transformers DINOv2", ["drop_path"]),
+    ],
+)
+@pytest.mark.parametrize("mode", ["mean", "mlerp"])
+def test_residuals_give_back_what_merging_alone_has_hidden(name, parts, mode):
+    """Where blocks add nothing, all tokens come back as they were."""
+    case = CASES[name]
+    model = case.build()
+    for block in case.blocks(model):
+        for part in parts:
+            setattr(block, part, Dropped())
+    before = call_of(case, model)
+    tome.apply_patch(model, mode=mode, unmerge="residual")
+    model.r = SCHEDULE
+    torch.testing.assert_close(call_of(case, model), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "timm parallel", "transformers DINOv3", "torchvision"])
+def test_residuals_change_nothing_but_what_is_given_back(name):
+    case = CASES[name]
+    model = tome.apply_patch(case.build(), trace_source=True)
+    model.r = SCHEDULE
+    with torch.no_grad():
+        want, dense = case(model), call_of(case, model)
+        merged = tome.source(model)
+        tome.apply_patch(model, unmerge="residual", mode="mlerp")
+        model.r = SCHEDULE
+        torch.testing.assert_close(case(model), want, rtol=1e-4, atol=1e-4)
+        got = call_of(case, model)
+    assert (got - dense)[:, : case.prefix].abs().max() < 1e-4
+    apart = (got - dense)[merged.unmerge(merged.sizes) > 1]
+    assert (apart.norm(dim=-1) > 0.01).all()
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("timm", "transformers"))])
 def test_reentrant_checkpointing_is_an_error_not_a_wrong_gradient(name):
     case = CASES[name]

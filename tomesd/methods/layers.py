@@ -11,7 +11,8 @@ adds what merging changed in them. That is what ToMe computes: a survivor of val
 becomes (s + y) + (m - s) = m + y.
 
 From outside a block gives and takes tokens on the original grid, so dense outputs, hidden states, pooling
-and heads need no care: what they see is constant on groups of tokens. Blocks hand merged tokens to each other
+and heads need no care: what they see is constant on groups of tokens, but for what told a token from its
+group when it merged, if that was asked for (`unmerge="residual"`). Blocks hand merged tokens to each other
 only inside of an `nn.Sequential` whose blocks have no other hooks, where nobody looks in between. Which
 tokens are merged travels with the tokens, as an attribute of the tensor: so activation checkpointing
 recomputes each block on what it was given.
@@ -33,7 +34,7 @@ from ..hosts.vits import VisionFamily
 from ..maths.alternating import Step, merge_alternating
 from ..maths.attention import key_bias, take_rope
 from ..maths.token_map import TokenMap
-from .layers_patch import STATE, Hooks, LayersPatch, NetworkHooks, Part, State, state_of, where_filled
+from .layers_patch import STATE, Hooks, LayersPatch, Merged, NetworkHooks, Part, State, state_of, where_filled
 
 # Tokens are compared by so many of their channels: with 128 of 384 DINOv2-S keeps its accuracy, with 64 it
 # does not, and with all of 768 ViT-B loses some of its speed.
@@ -60,11 +61,11 @@ class LayerCall:
     r: int | float = 0  # how many tokens are to merge, or which share of those that may
     inside: bool = False  # whether nobody looks at the tokens before the last block
     handed: State | None = None  # of the tokens that the block itself was given
-    before: TokenMap | None = None  # which tokens the blocks before it have merged
-    size: Tensor | None = None  # how many tokens each one stands for
+    before: Merged | None = None  # what the blocks before it have merged
     metric: Tensor | None = None  # what tokens are compared by, if not by themselves
     step: Step | None = None  # what merges here
     gain: Tensor | None = None  # what that changed in those that survive
+    after: Merged | None = None  # what both have merged
 
 
 class LayerHooks(Hooks):
@@ -136,11 +137,11 @@ class LayerHooks(Hooks):
         self.look_for_replaced(block, self.name, self.parts)
         if first == self.layer:
             return None
-        before, _, inside = state_of(x, self.name)
+        before, inside = state_of(x, self.name)
         own.handed = getattr(x, STATE)
         if before is None or inside:
             return None
-        merged = patch.turned(before.merge(patch.turned(x), "drop"))
+        merged = patch.turned(before.take(patch.turned(x)))
         setattr(merged, STATE, own.handed)
         return self.tokens.put(args, kwargs, [merged] if isinstance(given, list) else merged)
 
@@ -151,11 +152,12 @@ class LayerHooks(Hooks):
         handed, own.handed = own.handed, None
         if handed is not None and not hasattr(x, STATE):
             setattr(x, STATE, handed)  # accelerate has moved the tokens to the device of this block
-        own.before, own.size, own.inside = None, None, False
+        own.before, own.inside = None, False
         if schedule.first < self.layer or hasattr(x, STATE):
-            own.before, own.size, own.inside = state_of(x, self.name)
+            own.before, own.inside = state_of(x, self.name)
         own.r = schedule.steps[self.layer]
-        own.step = own.metric = own.gain = None
+        own.after, own.step = own.before, None
+        own.metric = own.gain = None
         own.begun = own.r > 0 or own.before is not None
         own.attended = own.halfway = own.ended = False
         if own.begun:
@@ -192,12 +194,13 @@ class LayerHooks(Hooks):
             assert self.bias is not None
             args, kwargs = self.bias.put(args, kwargs, None)
         if self.rope is not None:
-            keep = own.before.keep[:, patch.protected :] - patch.protected  # embeddings are of patches alone
+            keep = (
+                own.before.map.keep[:, patch.protected :] - patch.protected
+            )  # embeddings are of patches alone
             args, kwargs = self.rope.put(args, kwargs, take_rope(self.rope.get(args, kwargs), keep))
         if patch.prop_attn:
-            assert own.size is not None
             assert self.bias is not None
-            bias = key_bias(own.size, x.dtype)
+            bias = key_bias(own.before.size, x.dtype)
             if isinstance(attn, nn.MultiheadAttention):
                 bias = bias[:, 0, 0]
             args, kwargs = self.bias.put(args, kwargs, bias)
@@ -209,7 +212,7 @@ class LayerHooks(Hooks):
         before = self.own.get().before
         if before is None or not isinstance(output, tuple) or output[1] is None:
             return output
-        return (output[0], before.unmerge_attention(output[1]), *output[2:])
+        return (output[0], before.map.unmerge_attention(output[1]), *output[2:])
 
     @where_filled
     def keep_keys(self, part: nn.Module, args: Args, kwargs: Kwargs, keys: Tensor) -> None:
@@ -245,8 +248,7 @@ class LayerHooks(Hooks):
         step = self._merge(own, patch.turned(self.tokens.get(args, kwargs)))
         if step is None:
             return None
-        own.before = step.map if own.before is None else own.before.compose(step.map)
-        own.size, own.shape = step.size, (step.tokens.shape[0], step.tokens.shape[1])
+        own.before, own.shape = own.after, (step.tokens.shape[0], step.tokens.shape[1])
         return self.tokens.put(args, kwargs, patch.turned(step.tokens))
 
     @where_filled
@@ -268,23 +270,20 @@ class LayerHooks(Hooks):
             self._shape(output, "")
         elif not isinstance(output, Tensor):
             return output
-        after, size, x = own.before, own.size, patch.turned(output)
+        after, x = own.after, patch.turned(output)
         if own.step is not None and own.gain is not None:
-            step, size = own.step.map, own.step.size
-            x = step.merge(x, "drop") + own.gain
-            after = step if after is None else after.compose(step)
+            x = own.step.map.merge(x, "drop") + own.gain
         if after is not None and not own.inside:
-            x = after.unmerge(x)
+            x = after.give_back(x)
         if patch.trace_source:
             maps = patch.own.get().maps
             if maps:
-                maps[self.layer] = after or TokenMap.identity(x.shape[1], x.device)
-        own.before = own.step = own.size = own.metric = own.gain = None
+                maps[self.layer] = TokenMap.identity(x.shape[1], x.device) if after is None else after.map
+        own.before = own.after = own.step = own.metric = own.gain = None
         own.begun = False
         x = patch.turned(x)
         if own.merging:
-            merged = None if after is None or size is None else (after.index, after.keep, size)
-            setattr(x, STATE, (merged, own.inside))
+            setattr(x, STATE, (None if after is None else after.state, own.inside))
         return x
 
     def _merge(self, own: LayerCall, x: Tensor) -> Step | None:
@@ -296,8 +295,10 @@ class LayerHooks(Hooks):
         if r <= 0:
             return None
         metric = x.detach()[..., :CHANNELS] if own.metric is None else own.metric
-        size = x.new_ones(b, n, dtype=torch.float32) if own.size is None else own.size
-        return merge_alternating(x, size, metric, r, patch.protected, patch.last, patch.method.mode)
+        size = x.new_ones(b, n, dtype=torch.float32) if own.before is None else own.before.size
+        step = merge_alternating(x, size, metric, r, patch.protected, patch.last, patch.method.mode)
+        own.after = Merged.by(own.before, step, x, patch.method.unmerge)
+        return step
 
     @property
     def _needs_keys(self) -> bool:

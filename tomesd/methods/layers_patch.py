@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from ..hosts.family import Network, submodule
 from ..hosts.hooks import Args, Argument, Kwargs, Patch, PerThread
 from ..hosts.vits import VisionFamily
+from ..maths.alternating import Step
 from ..maths.token_map import TokenMap
 from . import options
 from .schedule import parse_r
 
 Metric: TypeAlias = Literal["tokens", "keys"]
 Mode: TypeAlias = Literal["mlerp", "mean"]
+Unmerge: TypeAlias = Literal["copy", "residual"]
 STATE = "_tomesd_state"
 SCRIPTED = "__prepare_scriptable__"
-# Index, survivors and sizes of the merged tokens, and whether nobody looks at them before the last block.
-State: TypeAlias = tuple[tuple[Tensor, Tensor, Tensor] | None, bool]
+# Of the merged tokens what `Merged` has, in plain tensors, as hidden states may be saved; and whether nobody
+# looks at them before the last block.
+State: TypeAlias = tuple[tuple[Tensor, Tensor, Tensor, Tensor | None] | None, bool]
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
@@ -35,12 +38,14 @@ class MergeLayers:
     prop_attn: bool | None
     metric: Metric
     mode: Mode
+    unmerge: Unmerge = "copy"
 
     def __post_init__(self) -> None:
         options.boolean("trace_source", self.trace_source)
         options.boolean_or_none("prop_attn", self.prop_attn)
         options.one_of("metric", self.metric, get_args(Metric))
         options.one_of("mode", self.mode, get_args(Mode))
+        options.one_of("unmerge", self.unmerge, get_args(Unmerge))
 
 
 @dataclass(eq=False)
@@ -49,6 +54,40 @@ class Forward:
 
     masked: bool = True  # whether attention may be given a mask of the caller's
     maps: list[TokenMap | None] = field(default_factory=list)  # after each layer, where they are kept
+
+
+@dataclass(eq=False)
+class Merged:
+    """What tokens have become."""
+
+    map: TokenMap
+    size: Tensor  # how many each one stands for, [B, M]
+    apart: Tensor | None = None  # what told each of all tokens from its group when it merged, [B, N, C]
+
+    @classmethod
+    def by(cls, before: Merged | None, step: Step, x: Tensor, unmerge: Unmerge) -> Merged:
+        """After a step of merging tokens `x`."""
+        token_map = step.map if before is None else before.map.compose(step.map)
+        if unmerge == "copy":
+            return cls(token_map, step.size)
+        apart = x - step.map.unmerge(step.tokens)
+        if before is not None and before.apart is not None:
+            apart = before.apart + before.map.unmerge(apart)
+        return cls(token_map, step.size, apart)
+
+    def give_back(self, x: Tensor) -> Tensor:
+        """All tokens, from those that are left."""
+        x = self.map.unmerge(x)
+        return x if self.apart is None else x + self.apart
+
+    def take(self, x: Tensor) -> Tensor:
+        """Those that are left, from all tokens."""
+        left = self.map.merge(x, "drop")
+        return left if self.apart is None else left - self.map.merge(self.apart, "drop")
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return self.map.index, self.map.keep, self.size, self.apart
 
 
 class Part(NamedTuple):
@@ -309,14 +348,14 @@ class NetworkHooks(Hooks):
         patch = self.patch
         if patch.schedule.first == patch.layers:
             return x
-        carried, _, inside = state_of(x, f"the end of {patch.name}'s blocks")
-        if carried is None or not inside:
+        merged, inside = state_of(x, f"the end of {patch.name}'s blocks")
+        if merged is None or not inside:
             return x
-        return patch.turned(carried.unmerge(patch.turned(x)))
+        return patch.turned(merged.give_back(patch.turned(x)))
 
 
-def state_of(x: Tensor, where: str) -> tuple[TokenMap | None, Tensor | None, bool]:
-    """Which tokens of `x` are merged, their sizes, and whether nobody looks at them before the last block."""
+def state_of(x: Tensor, where: str) -> tuple[Merged | None, bool]:
+    """What the tokens of `x` have become, and whether nobody looks at them before the last block."""
     if not hasattr(x, STATE):
         raise RuntimeError(
             f"tomesd: the tokens at {where} do not come straight from the block before it. Something between "
@@ -325,8 +364,9 @@ def state_of(x: Tensor, where: str) -> tuple[TokenMap | None, Tensor | None, boo
         )
     carried, inside = getattr(x, STATE)
     if carried is None:
-        return None, None, inside
-    index, keep, size = carried
+        return None, inside
+    index, keep, size, apart = carried
     if index.device != x.device:
-        index, keep, size = (part.to(x.device) for part in carried)
-    return TokenMap(index, keep), size, inside
+        index, keep, size = (part.to(x.device) for part in (index, keep, size))
+        apart = None if apart is None else apart.to(x.device)
+    return Merged(TokenMap(index, keep), size, apart), inside
