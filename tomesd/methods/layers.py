@@ -194,9 +194,8 @@ class LayerHooks(Hooks):
             assert self.bias is not None
             args, kwargs = self.bias.put(args, kwargs, None)
         if self.rope is not None:
-            keep = (
-                own.before.map.keep[:, patch.protected :] - patch.protected
-            )  # embeddings are of patches alone
+            survivors = own.before.map.keep[:, patch.protected :]
+            keep = survivors - patch.protected  # embeddings are of patches alone
             args, kwargs = self.rope.put(args, kwargs, take_rope(self.rope.get(args, kwargs), keep))
         if patch.prop_attn:
             assert self.bias is not None
