@@ -89,7 +89,8 @@ class LayerHooks(Hooks):
         self.bias = self._bias(network.family, attn)
         self.rope = Argument(attn, part.rope) if part.rope else None
         self.given, self.halfway = Argument(first, "", 0), Argument(middle, "", 0)
-        self.head_dim, self.config = getattr(attn, "head_dim", None), getattr(attn, "config", None)
+        self.head_dim: Any = getattr(attn, "head_dim", None)
+        self.config = getattr(attn, "config", None)
         key_layer = part.key_layer and submodule(attn, part.key_layer)
         shows_keys = key_layer is not None and self.head_dim is not None
         if keys and not shows_keys and not isinstance(attn, nn.MultiheadAttention):
