@@ -15,6 +15,7 @@ COMMANDS = {
     "caching": "DeepCache and an early end of guidance, alone and beside tomesd: error over operations",
     "training": "losses of a LoRA and of a whole fine-tune with merging, beside plain",
     "step-4k": "one step of the shipped model on the tokens of a 4K picture",
+    "dense": "patches of DINOv2 with merged tokens beside plain ones",
     "eval-vit": "accuracy of DINOv2 with merged tokens on Fashion-MNIST",
     "matching": "which tokens of DINOv2 merge: error of features by ways to match them",
     "validate": "accuracy and speed of a classifier on a folder of pictures",

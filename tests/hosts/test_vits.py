@@ -2,6 +2,7 @@
 
 import copy
 import io
+import time
 
 import accelerate.hooks
 import ddp_worker
@@ -212,10 +213,16 @@ def test_timm_without_fused_attention_merges_alike():
 
 
 def test_data_parallel_training_in_two_processes(tmp_path):
-    torch.multiprocessing.spawn(ddp_worker.train, (str(tmp_path), SCHEDULE), nprocs=2)
-    model = tome.apply_patch(CASES["timm ViT"].build().train())
-    model.r = SCHEDULE
-    model(tiny_vit.images()).square().mean().backward()
+    workers = torch.multiprocessing.spawn(ddp_worker.train, (str(tmp_path), SCHEDULE), nprocs=2, join=False)
+    try:
+        end = time.monotonic() + 180
+        while not workers.join(timeout=1):
+            assert time.monotonic() < end, "a process hangs"
+    finally:
+        for process in workers.processes:
+            process.kill()
+    model, images = ddp_worker.build(SCHEDULE)
+    model(images).square().mean().backward()
     for got, weight in zip(torch.load(tmp_path / "grads.pt"), model.parameters(), strict=True):
         torch.testing.assert_close(got, weight.grad, rtol=1e-4, atol=1e-6)
 
@@ -249,6 +256,8 @@ def test_fine_tuning_with_merging_converges_through_accelerate():
     ("build", "reason"),
     [
         (lambda: timm().create_model("swin_tiny_patch4_window7_224"), "windows of the whole grid"),
+        (lambda: vitdet(), "windows of the whole grid"),
+        (lambda: qwen(), "joins each 2 x 2 patches in the end"),
         (lambda: timm().create_model("beit_base_patch16_224", depth=1), "bias for each pair of positions"),
         (lambda: timm().create_model("vit_relpos_small_patch16_224", depth=1), "bias for each pair"),
         (
@@ -290,6 +299,21 @@ def timm():
     import timm
 
     return timm
+
+
+def vitdet():
+    import transformers as T
+
+    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4)
+    return T.VitDetModel(T.VitDetConfig(**sizes, window_size=4, window_block_indices=[0]))
+
+
+def qwen():
+    from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    sizes = dict(depth=2, hidden_size=24, num_heads=2, intermediate_size=48, out_hidden_size=24)
+    return Qwen2_5_VisionTransformerPretrainedModel(Qwen2_5_VLConfig(vision_config=sizes).vision_config)
 
 
 def parallel():
@@ -376,6 +400,45 @@ def test_what_drops_a_half_of_a_block_does_not_drop_the_merging(name, parts):
     after = call_of(case, model)
     merged = tome.source(model)
     torch.testing.assert_close(after, merged.unmerge(merged.merge(before)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("timm ViT", ["drop_path1", "drop_path2"]),  # hand on merged tokens
+        ("timm EVA02", ["drop_path1", "drop_path2"]),  # give back all
+        ("transformers DINOv2", ["drop_path"]),
+    ],
+)
+@pytest.mark.parametrize("mode", ["mean", "mlerp"])
+def test_residuals_give_back_what_merging_alone_has_hidden(name, parts, mode):
+    """Where blocks add nothing, all tokens come back as they were."""
+    case = CASES[name]
+    model = case.build()
+    for block in case.blocks(model):
+        for part in parts:
+            setattr(block, part, Dropped())
+    before = call_of(case, model)
+    tome.apply_patch(model, mode=mode, unmerge="residual")
+    model.r = SCHEDULE
+    torch.testing.assert_close(call_of(case, model), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "timm parallel", "transformers DINOv3", "torchvision"])
+def test_residuals_change_nothing_but_what_is_given_back(name):
+    case = CASES[name]
+    model = tome.apply_patch(case.build(), trace_source=True)
+    model.r = SCHEDULE
+    with torch.no_grad():
+        want, dense = case(model), call_of(case, model)
+        merged = tome.source(model)
+        tome.apply_patch(model, unmerge="residual", mode="mlerp")
+        model.r = SCHEDULE
+        torch.testing.assert_close(case(model), want, rtol=1e-4, atol=1e-4)
+        got = call_of(case, model)
+    assert (got - dense)[:, : case.prefix].abs().max() < 1e-4
+    apart = (got - dense)[merged.unmerge(merged.sizes) > 1]
+    assert (apart.norm(dim=-1) > 0.01).all()
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("timm", "transformers"))])

@@ -227,3 +227,19 @@ def test_it_can_be_cut_to_some_samples():
     assert one.groups == 2
     with pytest.raises(TypeError, match="indexed by a slice of its samples, got 0"):
         TokenMap.from_index(index, 2)[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(maps())
+def test_attention_comes_back_as_of_groups_that_share_evenly(drawn):
+    token_map, *_, generator = drawn
+    b, n, m = token_map.index.shape[0], token_map.tokens, token_map.groups
+    weights = torch.rand(b, 2, m, m, generator=generator).softmax(-1)
+    got = token_map.unmerge_attention(weights)
+    assert got.shape == (b, 2, n, n)
+    for sample in range(b):
+        group, sizes = token_map.index[sample].tolist(), token_map.sizes[sample].tolist()
+        for i in range(n):
+            for j in range(n):
+                want = weights[sample, :, group[i], group[j]] / sizes[group[j]]
+                torch.testing.assert_close(got[sample, :, i, j], want)

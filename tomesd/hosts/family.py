@@ -53,6 +53,7 @@ class Block:
     # attention and the rest run beside each other in the block itself: what that is given merges.
     middle: str | None = None
     end: str | None = None  # the last module that sees what the second half adds to the tokens
+    or_end: tuple[str, ...] = ()  # those before it, which are the last ones where a forward leaves it out
     tokens: str = "hidden_states"  # the parameter of the block's own forward that is the tokens
 
     @property
@@ -70,16 +71,12 @@ class Family:
     networks: tuple[str, ...]  # classes of the whole network
     blocks: dict[str, Block]  # classes of its transformer blocks, and the parts of each
 
-    def fits(self, module: nn.Module) -> bool:
-        """Whether a module is a network of this family."""
-        return is_named(module, self.networks)
-
-    def misfit(self, network: nn.Module) -> str | None:
-        """What tells a network whose class has one of these names from one of this family, or None."""
-        return None
-
     def sites(self, network: nn.Module) -> Iterator[Site]:
-        """The transformer blocks of a network, in the order of its forward pass."""
+        """The transformer blocks of a network, in the order of its forward pass.
+
+        Raises:
+            Misfit: it is not of this family, but for the name of its class.
+        """
         raise NotImplementedError
 
     def block(self, module: nn.Module) -> Block | None:
@@ -89,6 +86,12 @@ class Family:
 
 # How deep in an object that is neither pipeline nor module one of these may be.
 DEEP = 2
+
+
+class Misfit(ValueError):
+    """What tells a network whose class has one of the names of a family from one of that family."""
+
+
 AnyFamily = TypeVar("AnyFamily", bound=Family)
 
 
@@ -158,22 +161,29 @@ def find(model: object, families: Sequence[AnyFamily]) -> list[Network[AnyFamily
 
     Raises:
         TypeError: the model is neither module nor pipeline.
-        ValueError: a network is only named as one of a family.
+        ValueError: a network is only named as one of a family, and has none in it.
     """
     found: dict[int, Network[AnyFamily]] = {}
+    misfits: list[tuple[nn.Module, str]] = []
     for name, module in named_modules_of(model):
-        rows = [row for row in families if row.fits(module)]
+        rows = [row for row in families if is_named(module, row.networks)]
         if not rows or id(module) in found:
             continue
-        misfits = [row.misfit(module) for row in rows]
-        if None not in misfits:
-            kind = type(module)
-            raise ValueError(
-                f"{name or 'the model'} is a {kind.__name__} as of {rows[0].name}, but not one that tomesd "
-                f"knows (it is from {kind.__module__}): {misfits[0]}"
-            )
-        family = rows[misfits.index(None)]
-        found[id(module)] = Network(name, module, family, tuple(family.sites(module)))
+        reasons: dict[str, None] = {}
+        for row in rows:
+            try:
+                found[id(module)] = Network(name, module, row, tuple(row.sites(module)))
+                break
+            except Misfit as misfit:
+                reasons[str(misfit)] = None
+        else:
+            kind, names = type(module), " or ".join(row.name for row in rows)
+            says = f"{name or 'the model'} is a {kind.__name__} as of {names}, but not one that tomesd knows"
+            misfits.append((module, f"{says} (it is from {kind.__module__}): {' and '.join(reasons)}"))
+    for module, why in misfits:
+        # In older versions of some packages a wrapper has the name that the network has now.
+        if not any(id(part) in found for part in module.modules()):
+            raise ValueError(why)
     return list(found.values())
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .family import Block, Family, Network, Part, Site, find, is_named, known, modules_of
+from .family import Block, Family, Misfit, Network, Part, Site, find, is_named, known, modules_of
 from .hooks import Argument
 
 
@@ -29,17 +29,6 @@ class ImageFamily(Family):
     up: tuple[str, ...] = ()  # classes that double it there
     others: tuple[str, ...] = ()  # attributes of containers that hold blocks on tokens of another kind
 
-    def misfit(self, network: nn.Module) -> str | None:
-        try:
-            Argument(network, self.timestep, 1)
-            for site in self.sites(network):
-                if self.carrier is not None:
-                    Argument(site.container, self.carrier)
-                    Argument(site.module, self.carrier)
-        except ValueError as error:
-            return str(error)
-        return None
-
     def side(self, network: nn.Module) -> int:
         """The side of a token in the image that containers are given."""
         return 1 if self.patch_size is None else int(getattr(network.config, self.patch_size))
@@ -60,9 +49,19 @@ class ImageFamily(Family):
                     for place, module in within.named_modules(prefix=name):
                         block = self.block(module)
                         if block is not None and not set(self.others) & set(place.split(".")):
+                            self._look_for(self.timestep, network, 1)
+                            self._look_for(self.carrier, container)
+                            self._look_for(self.carrier, module)
                             yield Site(place, module, block, container, level)
                 level += any(is_named(module, self.down) for _, module in modules)
                 level -= any(is_named(module, self.up) for _, module in modules)
+
+    def _look_for(self, parameter: str | None, module: nn.Module, position: int | None = None) -> None:
+        try:
+            if parameter is not None:
+                Argument(module, parameter, position)
+        except ValueError as error:
+            raise Misfit(str(error)) from None
 
 
 TEXT = "encoder_hidden_states"

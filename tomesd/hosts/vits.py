@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
 from torch import nn
 from torch.torch_version import TorchVersion as Version
 
-from .family import Block, Family, Network, Part, Site, find, is_named, known, submodule
+from .family import Block, Family, Misfit, Network, Part, Site, find, is_named, known, submodule
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,6 @@ class VisionFamily(Family):
             if lacks:
                 raise ValueError(f"the row of {name} in {self.name} lacks {', '.join(lacks)}")
 
-    def fits(self, module: nn.Module) -> bool:
-        return super().fits(module) and submodule(module, self.path) is not None
-
     def too_old(self, module: nn.Module) -> str:
         """What to say of a module that is not as this row says, if its package is too old for that."""
         package = type(module).__module__.split(".")[0]
@@ -47,7 +45,9 @@ class VisionFamily(Family):
         return f" (tomesd needs {self.package} >= {self.since} for it, installed is {installed})"
 
     def sites(self, network: nn.Module) -> Iterator[Site]:
-        container = network.get_submodule(self.path)
+        container = submodule(network, self.path)
+        if container is None:
+            raise Misfit(f"it has no {self.path} as {self.name}{self.too_old(network)}")
         used: dict[int, str] = {}
         # Not named_children: that leaves out what is there twice.
         for child, module in container._modules.items():
@@ -59,6 +59,7 @@ class VisionFamily(Family):
                     f"knows {', '.join(self.blocks)}"
                 )
             attn = block.attn
+            block = replace(block, end=last_called(module, block))
             for part in (block.input, attn.path, block.middle, block.end):
                 if part is not None and submodule(module, part) is None:
                     raise ValueError(
@@ -76,6 +77,14 @@ class VisionFamily(Family):
             yield Site(name, module, block, container)
 
 
+def last_called(module: nn.Module, block: Block) -> str | None:
+    """Which of the parts that may be the last the code of a block's forward names."""
+    forward: Any = inspect.unwrap(module.forward)
+    code = getattr(getattr(forward, "func", forward), "__code__", None)  # it may be a partial
+    names = () if code is None else code.co_names
+    return next((path for path in (block.end, *block.or_end) if path in names), block.end)
+
+
 def _class_and_registers(network: Any) -> int:
     return 1 + getattr(network.config, "num_register_tokens", 0)
 
@@ -86,13 +95,15 @@ def _class_and_storage(network: Any) -> int:
 
 TIMM = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask")
 EVA = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask", rope="rope")
+TIMM_BLOCK = Block("norm1", TIMM, middle="norm2", end="drop_path2", or_end=("ls2", "mlp"), tokens="x")
+TIMM_POST = Block("attn", TIMM, middle="mlp", end="drop_path2", or_end=("norm2",), tokens="x")
 MULTIHEAD = Part("self_attention", tokens="query", bias="key_padding_mask")
 ATTENTION = Part("attention", key_layer="k_proj", bias="attention_mask")
 WITH_ROPE = Part("attention", key_layer="k_proj", bias="attention_mask", rope="position_embeddings")
 CLIP_ATTENTION = Part("self_attn", key_layer="k_proj", bias="attention_mask")
-VIT = Block("layernorm_before", ATTENTION, middle="layernorm_after", end="dropout")
-DINO = Block("norm1", ATTENTION, middle="norm2", end="drop_path")
-DINOV3 = Block("norm1", WITH_ROPE, middle="norm2", end="drop_path")
+VIT = Block("layernorm_before", ATTENTION, middle="layernorm_after", end="dropout", or_end=("mlp",))
+DINO = Block("norm1", ATTENTION, middle="norm2", end="drop_path", or_end=("layer_scale2", "mlp"))
+DINOV3 = Block("norm1", WITH_ROPE, middle="norm2", end="drop_path", or_end=("layer_scale2", "mlp"))
 OF_TIMM = attrgetter("num_prefix_tokens")
 CLIP = Block("layer_norm1", CLIP_ATTENTION, middle="layer_norm2", end="mlp")
 # No attention mask: merged tokens cannot be weighed.
@@ -102,7 +113,7 @@ INTERNVL = Part("attention", key_layer="k_norm", bias="attention_mask")
 VIDEO_MAE = Block(
     "layernorm_before", Part("attention.attention"), middle="layernorm_after", end="output.dropout"
 )
-DINO_HUB = Block("norm1", Part("attn", tokens="x"), middle="norm2", end="ls2", tokens="x")
+DINO_HUB = Block("norm1", Part("attn", tokens="x"), middle="norm2", end="ls2", or_end=("mlp",), tokens="x")
 DINOV3_HUB = Block(
     "norm1", Part("attn", tokens="x", rope="rope"), middle="norm2", end="ls2", tokens="x_or_x_list"
 )
@@ -122,9 +133,9 @@ FAMILIES = [
         "timm VisionTransformer",
         ("VisionTransformer",),
         {
-            "Block": Block("norm1", TIMM, middle="norm2", end="drop_path2", tokens="x"),
+            "Block": TIMM_BLOCK,
             # Here the norms come after attention and mlp.
-            "ResPostBlock": Block("attn", TIMM, middle="mlp", end="drop_path2", tokens="x"),
+            "ResPostBlock": TIMM_POST,
             # One norm for attention and mlp, which run beside each other.
             "ParallelScalingBlock": Block(
                 "", Part("", tokens="x", bias="attn_mask"), middle="", end="", tokens="x"
@@ -139,10 +150,7 @@ FAMILIES = [
     VisionFamily(
         "timm Eva (EVA02, DINOv3)",
         ("Eva",),
-        {
-            "EvaBlock": Block("norm1", EVA, middle="norm2", end="drop_path2", tokens="x"),
-            "EvaBlockPostNorm": Block("attn", EVA, middle="mlp", end="drop_path2", tokens="x"),
-        },
+        {"EvaBlock": replace(TIMM_BLOCK, attn=EVA), "EvaBlockPostNorm": replace(TIMM_POST, attn=EVA)},
         package="timm",
         since="1.0.16",
         path="blocks",
@@ -242,7 +250,7 @@ FAMILIES = [
     VisionFamily(
         "transformers InternVL vision",
         ("InternVLVisionModel",),
-        {"InternVLVisionLayer": Block("layernorm_before", INTERNVL, middle="layernorm_after", end="dropout")},
+        {"InternVLVisionLayer": replace(VIT, attn=INTERNVL)},
         path="encoder.layer",
     ),
     VisionFamily(
@@ -266,13 +274,21 @@ FAMILIES = [
 RELATIVE = "its attention has a bias for each pair of positions, and a merged token has no single position"
 WINDOWED = "its attention runs in windows of the whole grid, and merged tokens fill none"
 PADDED = "it packs images of different sizes under a mask of each image's patches"
+JOINED = (
+    "it packs images into one sequence and joins each 2 x 2 patches in the end, for which all have to be "
+    "there (tome.reduce merges what comes out)"
+)
 REFUSED: dict[tuple[str, ...], str] = {
     ("SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "SwinModel", "Swinv2Model"): WINDOWED,
-    ("SwinBackbone", "Swinv2Backbone", "MaxxVit", "Hiera", "HieraModel"): WINDOWED,
-    ("VisionTransformerSAM", "SamVisionEncoder"): WINDOWED,
+    ("SwinBackbone", "Swinv2Backbone", "MaskFormerSwinModel", "DonutSwinModel", "TinyVit"): WINDOWED,
+    ("MaxxVit", "MaxVit", "Hiera", "HieraModel", "HieraDet", "Sam2HieraDetModel", "DaVit"): WINDOWED,
+    ("VisionTransformerSAM", "SamVisionEncoder", "SamHQVisionEncoder", "ImageEncoderViT"): WINDOWED,
+    ("VitDetModel", "VitDetBackbone", "GlobalContextVit", "Twins", "Nest"): WINDOWED,
+    ("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel"): JOINED,
+    ("Qwen3VLVisionModel",): JOINED,
     ("Beit", "BeitModel", "BeitBackbone", "Data2VecVisionModel"): RELATIVE,
     ("VisionTransformerRelPos",): RELATIVE,
-    ("NaFlexVit", "Siglip2VisionModel"): PADDED,
+    ("NaFlexVit", "Siglip2VisionModel", "PixtralVisionModel", "Idefics3VisionTransformer"): PADDED,
 }
 
 
@@ -347,8 +363,8 @@ def find_networks(model: object, package: str | None = None) -> list[Network[Vis
         ValueError: it holds no vision transformer of a known family, or one that cannot be merged.
     """
     module = checked(model)
-    rows: Sequence[VisionFamily] = [row for row in FAMILIES if package in (None, row.package)]
-    found = find(module, rows)
+    every = find(module, FAMILIES)
+    found = [network for network in every if package in (None, network.family.package)]
     for name, part in module.named_modules():
         for names, reason in REFUSED.items():
             if is_named(part, names):
@@ -359,9 +375,10 @@ def find_networks(model: object, package: str | None = None) -> list[Network[Vis
                 )
     if not found:
         of = f" of {package}" if package else ""
+        rows = [row for row in FAMILIES if package in (None, row.package)]
         raise ValueError(
-            f"{''.join(_look_alikes(module, rows))}{type(module).__name__} holds no vision transformer{of} "
-            f"that tomesd knows. Known are {known(rows)}; for Stable Diffusion there is tomesd.apply_patch"
+            f"{type(module).__name__} holds no vision transformer{of} that tomesd knows. Known are "
+            f"{known(rows)}; for Stable Diffusion there is tomesd.apply_patch"
         )
     for network in found:
         if not network.sites:
@@ -375,15 +392,3 @@ def checked(model: object) -> nn.Module:
         return model
     kind = f"the class {model.__name__}: make one first" if isinstance(model, type) else type(model).__name__
     raise TypeError(f"expected a torch module, got {kind} (for pipelines there is tomesd.apply_patch)")
-
-
-def _look_alikes(model: nn.Module, rows: Sequence[VisionFamily]) -> Iterator[str]:
-    """Modules that have the name of a known class and are not it, one sentence each."""
-    seen = set()
-    for name, module in model.named_modules():
-        alike = [row for row in rows if is_named(module, row.networks)]
-        if alike and type(module) not in seen:
-            seen.add(type(module))
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            lacks = " and ".join(f"no {row.path} as {row.name}{row.too_old(module)}" for row in alike)
-            yield f"{name or 'This'} is a {kind} with {lacks}, so "

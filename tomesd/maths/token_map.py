@@ -131,6 +131,12 @@ class TokenMap:
         b = self.index.shape[0]
         return self._once("rows", lambda: self.index[0] if b == 1 else _flat(self.index, b, self.groups))
 
+    @property
+    def keep_rows(self) -> Tensor:
+        """The survivors as rows of all samples' tokens, int64 `[B * M]`."""
+        b = self.keep.shape[0]
+        return self._once("keep_rows", lambda: self.keep[0] if b == 1 else _flat(self.keep, b, self.tokens))
+
     def source_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`[B, M, N]`, 1 where a token belongs to a group, else 0. Grows as M x N: made on request only."""
         groups = torch.arange(self.groups, device=self.index.device)
@@ -140,6 +146,8 @@ class TokenMap:
         """The map that does this one's merging and then that of `then`, a map of this one's M groups."""
         if then.tokens != self.groups:
             raise ValueError(f"a map of {then.tokens} tokens cannot follow one that leaves {self.groups}")
+        if then.index.shape[0] == self.index.shape[0]:
+            return TokenMap(then.index.gather(1, self.index), self.keep.gather(1, then.keep))
         batch = max(self.index.shape[0], then.index.shape[0])
         if self.index.shape[0] not in (1, batch) or then.index.shape[0] not in (1, batch):
             raise ValueError(
@@ -174,7 +182,9 @@ class TokenMap:
         if self.is_identity:
             return x
         if mode == "drop":
-            return _take(x, self.keep)
+            if self.keep.shape[0] != x.shape[0]:
+                return _take(x, self.keep)
+            return x.flatten(0, 1).index_select(0, self.keep_rows).view(*self.keep.shape, *x.shape[2:])
         if x.dtype == torch.bool:
             return self._scatter(x.to(torch.uint8), "amax", from_zero=True).to(torch.bool)
         if mode == "amax":
@@ -205,6 +215,15 @@ class TokenMap:
         if self.index.shape[0] != y.shape[0]:
             return _take(y, self.index)
         return y.flatten(0, 1).index_select(0, self.rows).view(*self.index.shape, *y.shape[2:])
+
+    def unmerge_attention(self, weights: Tensor) -> Tensor:
+        """Attention weights among all tokens: `[B, heads, M, M]` -> `[B, heads, N, N]`.
+
+        Tokens attend as their group does, and those of a group share evenly what it is given: rows keep their
+        sum.
+        """
+        shares = self.unmerge(weights.transpose(1, 2)) / self.sizes[:, None, None]
+        return self.unmerge(shares.permute(0, 3, 2, 1)).permute(0, 2, 3, 1)
 
     def fits(self, x: Tensor, length: int | None = None) -> bool:
         """Whether `x` has the shape `[B, N, ...]` that this map merges; or another `length` than N."""
@@ -273,8 +292,10 @@ class TokenMap:
 
 
 def in_full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast off, on devices that have it."""
-    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+    """Autocast off, where it is on."""
+    kind = x.device.type
+    is_on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 def _align(per_token: Tensor, x: Tensor) -> Tensor:

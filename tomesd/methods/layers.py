@@ -11,7 +11,8 @@ adds what merging changed in them. That is what ToMe computes: a survivor of val
 becomes (s + y) + (m - s) = m + y.
 
 From outside a block gives and takes tokens on the original grid, so dense outputs, hidden states, pooling
-and heads need no care: what they see is constant on groups of tokens. Blocks hand merged tokens to each other
+and heads need no care: what they see is constant on groups of tokens, but for what told a token from its
+group when it merged, if that was asked for (`unmerge="residual"`). Blocks hand merged tokens to each other
 only inside of an `nn.Sequential` whose blocks have no other hooks, where nobody looks in between. Which
 tokens are merged travels with the tokens, as an attribute of the tensor: so activation checkpointing
 recomputes each block on what it was given.
@@ -30,11 +31,10 @@ from torch import Tensor, nn
 from ..hosts.family import Network, Site, submodule
 from ..hosts.hooks import Args, Argument, Kwargs, PerThread
 from ..hosts.vits import VisionFamily
+from ..maths.alternating import Step, merge_alternating
 from ..maths.attention import key_bias, take_rope
-from ..maths.grid import alternate
-from ..maths.matching import match_exact
-from ..maths.token_map import TokenMap, in_full_precision
-from .layers_patch import STATE, Hooks, LayersPatch, NetworkHooks, State, state_of, where_filled
+from ..maths.token_map import TokenMap
+from .layers_patch import STATE, Hooks, LayersPatch, Merged, NetworkHooks, Part, State, state_of, where_filled
 
 # Tokens are compared by so many of their channels: with 128 of 384 DINOv2-S keeps its accuracy, with 64 it
 # does not, and with all of 768 ViT-B loses some of its speed.
@@ -52,6 +52,7 @@ def attach(patch: LayersPatch, network: Network[VisionFamily]) -> None:
 class LayerCall:
     """What is known of a block during one call of it."""
 
+    merging: bool = False  # whether tokens have merged in the blocks before it, or are to merge here
     begun: bool = False  # whether the parts of the block are being called
     attended: bool = False  # whether attention has been among them
     halfway: bool = False  # whether the middle has been
@@ -60,11 +61,11 @@ class LayerCall:
     r: int | float = 0  # how many tokens are to merge, or which share of those that may
     inside: bool = False  # whether nobody looks at the tokens before the last block
     handed: State | None = None  # of the tokens that the block itself was given
-    before: TokenMap | None = None  # which tokens the blocks before it have merged
-    size: Tensor | None = None  # how many tokens each one stands for
+    before: Merged | None = None  # what the blocks before it have merged
     metric: Tensor | None = None  # what tokens are compared by, if not by themselves
-    map: TokenMap | None = None  # which tokens merge here
-    gain: Tensor | None = None  # what merging changed in those that survive
+    step: Step | None = None  # what merges here
+    gain: Tensor | None = None  # what that changed in those that survive
+    after: Merged | None = None  # what both have merged
 
 
 class LayerHooks(Hooks):
@@ -89,6 +90,7 @@ class LayerHooks(Hooks):
         self.rope = Argument(attn, part.rope) if part.rope else None
         self.given, self.halfway = Argument(first, "", 0), Argument(middle, "", 0)
         self.head_dim: Any = getattr(attn, "head_dim", None)
+        self.config: Any = getattr(attn, "config", None)
         key_layer = part.key_layer and submodule(attn, part.key_layer)
         shows_keys = key_layer is not None and self.head_dim is not None
         if keys and not shows_keys and not isinstance(attn, nn.MultiheadAttention):
@@ -104,11 +106,12 @@ class LayerHooks(Hooks):
             patch.before(site.module, self.merge_at_once)
         patch.before(attn, self.enter_attention)
         patch.after(attn, self.leave_attention, first=True)
-        # Around the last two an adapter would have all tokens beside merged ones.
-        self.parts = {block.middle: False, block.end: False, block.input: True, part.path: True}
+        # Around the first two an adapter would have all tokens beside merged ones.
+        self.parts = {block.middle: Part(middle, False), block.end: Part(end, False)}
+        self.parts |= {block.input: Part(first, True), part.path: Part(attn, True)}
         if keys and isinstance(key_layer, nn.Module):
             patch.after(key_layer, self.keep_keys)
-            self.parts[f"{part.path}.{part.key_layer}"] = False
+            self.parts[f"{part.path}.{part.key_layer}"] = Part(key_layer, False)
         self.parts.pop("", None)
         if not at_once:
             patch.before(middle, self.merge)
@@ -128,18 +131,19 @@ class LayerHooks(Hooks):
             )
         if self.layer == 0 and patch.trace_source:
             patch.maps = patch.own.get().maps = [None] * patch.layers
-        schedule = patch.schedule
-        if not any(schedule[: self.layer + 1]):
+        first = patch.schedule.first
+        own.merging = first <= self.layer
+        if not own.merging:
             return None
         self.look_for_replaced(block, self.name, self.parts)
-        if not any(schedule[: self.layer]):
+        if first == self.layer:
             return None
         before, inside = state_of(x, self.name)
         own.handed = getattr(x, STATE)
         if before is None or inside:
             return None
-        merged = patch.turned(before.merge(patch.turned(x), "drop"))
-        setattr(merged, STATE, getattr(x, STATE))
+        merged = patch.turned(before.take(patch.turned(x)))
+        setattr(merged, STATE, own.handed)
         return self.tokens.put(args, kwargs, [merged] if isinstance(given, list) else merged)
 
     @where_filled
@@ -150,13 +154,11 @@ class LayerHooks(Hooks):
         if handed is not None and not hasattr(x, STATE):
             setattr(x, STATE, handed)  # accelerate has moved the tokens to the device of this block
         own.before, own.inside = None, False
-        if any(schedule[: self.layer]):
+        if schedule.first < self.layer or hasattr(x, STATE):
             own.before, own.inside = state_of(x, self.name)
-        elif hasattr(x, STATE):
-            own.inside = state_of(x, self.name)[1]
-        own.r = schedule[self.layer]
-        own.size = None if own.before is None else own.before.sizes
-        own.map = own.metric = own.gain = None
+        own.r = schedule.steps[self.layer]
+        own.after, own.step = own.before, None
+        own.metric = own.gain = None
         own.begun = own.r > 0 or own.before is not None
         own.attended = own.halfway = own.ended = False
         if own.begun:
@@ -176,7 +178,7 @@ class LayerHooks(Hooks):
         own.attended = True
         if isinstance(attn, nn.MultiheadAttention) and self._needs_keys:
             own.metric = _mean_keys(attn, patch.turned(x))
-        kind = getattr(getattr(attn, "config", None), "_attn_implementation", "sdpa")
+        kind = getattr(self.config, "_attn_implementation", "sdpa")
         if patch.prop_attn and kind not in ("eager", "sdpa"):
             raise ValueError(
                 f"tomesd: {kind} takes no sizes of tokens: set_attn_implementation('sdpa'), or patch with "
@@ -193,12 +195,12 @@ class LayerHooks(Hooks):
             assert self.bias is not None
             args, kwargs = self.bias.put(args, kwargs, None)
         if self.rope is not None:
-            keep = own.before.keep[:, patch.protected :] - patch.protected  # embeddings are of patches alone
+            survivors = own.before.map.keep[:, patch.protected :]
+            keep = survivors - patch.protected  # embeddings are of patches alone
             args, kwargs = self.rope.put(args, kwargs, take_rope(self.rope.get(args, kwargs), keep))
         if patch.prop_attn:
-            assert own.size is not None
             assert self.bias is not None
-            bias = key_bias(own.size, x.dtype)
+            bias = key_bias(own.before.size, x.dtype)
             if isinstance(attn, nn.MultiheadAttention):
                 bias = bias[:, 0, 0]
             args, kwargs = self.bias.put(args, kwargs, bias)
@@ -207,14 +209,10 @@ class LayerHooks(Hooks):
     @where_filled
     def leave_attention(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         """Gives attention weights, where asked for, on the original grid: `[B, heads, N, N]`."""
-        own = self.own.get()
-        before, size = own.before, own.size
-        if before is None or size is None or not isinstance(output, tuple) or output[1] is None:
+        before = self.own.get().before
+        if before is None or not isinstance(output, tuple) or output[1] is None:
             return output
-        rows = before.unmerge(output[1].transpose(1, 2))
-        share = rows / size[:, None, None, :]
-        weights = before.unmerge(share.permute(0, 3, 1, 2)).permute(0, 3, 2, 1)
-        return (output[0], weights, *output[2:])
+        return (output[0], before.map.unmerge_attention(output[1]), *output[2:])
 
     @where_filled
     def keep_keys(self, part: nn.Module, args: Args, kwargs: Kwargs, keys: Tensor) -> None:
@@ -230,82 +228,77 @@ class LayerHooks(Hooks):
         if not self._begun(own) or not own.attended:
             return None
         x = self.halfway.get(args, kwargs)
-        if self._shape(x, str(self.block.middle)) != own.shape or own.map is not None:
+        if self._shape(x, str(self.block.middle)) != own.shape or own.step is not None:
             raise RuntimeError(
                 f"tomesd: {self.name}.{self.block.middle}, where its tokens {list(own.shape)} merge, was "
-                f"given {list(x.shape)}{' once more' if own.map is not None else ''}"
+                f"given {list(x.shape)}{' once more' if own.step is not None else ''}"
             )
         own.halfway = True
-        x = patch.turned(x)
-        merged = self._merge(own, x)
-        if own.map is None:
+        own.step = step = self._merge(own, patch.turned(x))
+        if step is None:
             return None
-        own.gain = merged - own.map.merge(x, "drop")
-        return self.halfway.put(args, kwargs, patch.turned(merged))
+        own.gain = step.tokens - step.kept
+        return self.halfway.put(args, kwargs, patch.turned(step.tokens))
 
     @where_filled
     def merge_at_once(self, block: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Merges what the block is given, and it runs on that as if the blocks before it had merged it."""
         own, patch = self.own.get(), self.patch
         own.halfway = True
-        merged = self._merge(own, patch.turned(self.tokens.get(args, kwargs)))
-        if own.map is None:
+        step = self._merge(own, patch.turned(self.tokens.get(args, kwargs)))
+        if step is None:
             return None
-        own.before = own.map if own.before is None else own.before.compose(own.map)
-        own.size, own.map = own.before.sizes, None
-        own.shape = merged.shape[0], merged.shape[1]
-        return self.tokens.put(args, kwargs, patch.turned(merged))
+        own.before, own.shape = own.after, (step.tokens.shape[0], step.tokens.shape[1])
+        return self.tokens.put(args, kwargs, patch.turned(step.tokens))
 
     @where_filled
     def unmerge(self, part: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         own, patch = self.own.get(), self.patch
         # It may be a module that the first half calls too.
-        if own.map is None or own.ended:
+        if own.step is None or own.ended:
             return output
         own.ended = True
-        return patch.turned(own.map.unmerge(patch.turned(output)))
+        return patch.turned(own.step.map.unmerge(patch.turned(output)))
 
     @where_filled
     def leave(self, block: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         own, patch = self.own.get(), self.patch
-        merging = any(patch.schedule[: self.layer + 1])
         if isinstance(output, list) and len(output) == 1:
             return [self.leave(block, args, kwargs, output[0])]
-        if merging:
+        if own.merging:
             self._look_for_skipped(block, own)
             self._shape(output, "")
         elif not isinstance(output, Tensor):
             return output
-        after, x = own.before, patch.turned(output)  # pyright: ignore[reportArgumentType]
-        if own.map is not None and own.gain is not None:
-            x = own.map.merge(x, "drop") + own.gain
-            after = own.map if after is None else after.compose(own.map)
+        after, x = own.after, patch.turned(output)  # pyright: ignore[reportArgumentType]
+        if own.step is not None and own.gain is not None:
+            x = own.step.map.merge(x, "drop") + own.gain
         if after is not None and not own.inside:
-            x = after.unmerge(x)
-        maps = patch.own.get().maps
-        if patch.trace_source and maps:
-            maps[self.layer] = after or TokenMap.identity(x.shape[1], x.device)
-        own.before = own.map = own.size = own.metric = own.gain = None
+            x = after.give_back(x)
+        if patch.trace_source:
+            maps = patch.own.get().maps
+            if maps:
+                maps[self.layer] = TokenMap.identity(x.shape[1], x.device) if after is None else after.map
+        own.before = own.after = own.step = own.metric = own.gain = None
         own.begun = False
         x = patch.turned(x)
-        if merging:
-            setattr(x, STATE, (None if after is None else (after.index, after.keep), own.inside))
+        if own.merging:
+            setattr(x, STATE, (None if after is None else after.state, own.inside))
         return x
 
-    def _merge(self, own: LayerCall, x: Tensor) -> Tensor:
-        """Merges tokens `[B, N, C]`; the map stays in `own`, or None if there is nothing to merge."""
+    def _merge(self, own: LayerCall, x: Tensor) -> Step | None:
+        """Merges tokens `[B, N, C]`, if there is something to merge."""
         patch = self.patch
-        free = x.shape[1] - patch.protected - patch.last
+        b, n, _ = x.shape
+        free = n - patch.protected - patch.last
         r = min(own.r if isinstance(own.r, int) else int(own.r * free), free // 2)
         if r <= 0:
-            return x
+            return None
         metric = x.detach()[..., :CHANNELS] if own.metric is None else own.metric
-        partition = alternate(x.shape[1] - patch.last, patch.protected, x.device)
-        # In half precision many cosines near 1 are equal, and the accuracy of the model suffers.
-        with in_full_precision(x):
-            own.map = match_exact(metric.float(), partition, r)
-        size = None if own.size is None else own.size.expand(x.shape[0], -1)
-        return own.map.merge(x, patch.method.mode, size)
+        size = x.new_ones(b, n, dtype=torch.float32) if own.before is None else own.before.size
+        step = merge_alternating(x, size, metric, r, patch.protected, patch.last, patch.method.mode)
+        own.after = Merged.by(own.before, step, x, patch.method.unmerge)
+        return step
 
     @property
     def _needs_keys(self) -> bool:
@@ -340,7 +333,7 @@ class LayerHooks(Hooks):
         """Whether a part is called by the block, and not alone."""
         if own.begun or torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return own.begun
-        if any(self.patch.schedule[: self.layer + 1]):
+        if self.patch.schedule.first <= self.layer:
             raise RuntimeError(
                 f"tomesd: a part of {self.name} is computed again in the backward pass, without its block: "
                 "patch after activation checkpointing was set up, or checkpoint whole blocks"
@@ -356,7 +349,7 @@ class LayerHooks(Hooks):
         elif own.r > 0 and not own.halfway:
             skipped = self.block.middle
         else:
-            skipped = None if own.map is None or own.ended else self.block.end
+            skipped = None if own.step is None or own.ended else self.block.end
         if skipped is not None:
             raise RuntimeError(
                 f"tomesd: {self.name} did not call its {skipped}, or not in the order that is known: "

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from ..hosts.family import Network, submodule
 from ..hosts.hooks import Args, Argument, Kwargs, Patch, PerThread
 from ..hosts.vits import VisionFamily
+from ..maths.alternating import Step
 from ..maths.token_map import TokenMap
 from . import options
 from .schedule import parse_r
 
 Metric: TypeAlias = Literal["tokens", "keys"]
 Mode: TypeAlias = Literal["mlerp", "mean"]
+Unmerge: TypeAlias = Literal["copy", "residual"]
 STATE = "_tomesd_state"
 SCRIPTED = "__prepare_scriptable__"
-# Index and survivors of the merged tokens, and whether nobody looks at them before the last block.
-State: TypeAlias = tuple[tuple[Tensor, Tensor] | None, bool]
+# Of the merged tokens what `Merged` has, in plain tensors, as hidden states may be saved; and whether nobody
+# looks at them before the last block.
+State: TypeAlias = tuple[tuple[Tensor, Tensor, Tensor, Tensor | None] | None, bool]
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
@@ -35,12 +38,14 @@ class MergeLayers:
     prop_attn: bool | None
     metric: Metric
     mode: Mode
+    unmerge: Unmerge = "copy"
 
     def __post_init__(self) -> None:
         options.boolean("trace_source", self.trace_source)
         options.boolean_or_none("prop_attn", self.prop_attn)
         options.one_of("metric", self.metric, get_args(Metric))
         options.one_of("mode", self.mode, get_args(Mode))
+        options.one_of("unmerge", self.unmerge, get_args(Unmerge))
 
 
 @dataclass(eq=False)
@@ -49,6 +54,59 @@ class Forward:
 
     masked: bool = True  # whether attention may be given a mask of the caller's
     maps: list[TokenMap | None] = field(default_factory=list)  # after each layer, where they are kept
+
+
+@dataclass(eq=False)
+class Merged:
+    """What tokens have become."""
+
+    map: TokenMap
+    size: Tensor  # how many each one stands for, [B, M]
+    apart: Tensor | None = None  # what told each of all tokens from its group when it merged, [B, N, C]
+
+    @classmethod
+    def by(cls, before: Merged | None, step: Step, x: Tensor, unmerge: Unmerge) -> Merged:
+        """After a step of merging tokens `x`."""
+        token_map = step.map if before is None else before.map.compose(step.map)
+        if unmerge == "copy":
+            return cls(token_map, step.size)
+        apart = x - step.map.unmerge(step.tokens)
+        if before is not None and before.apart is not None:
+            apart = before.apart + before.map.unmerge(apart)
+        return cls(token_map, step.size, apart)
+
+    def give_back(self, x: Tensor) -> Tensor:
+        """All tokens, from those that are left."""
+        x = self.map.unmerge(x)
+        return x if self.apart is None else x + self.apart
+
+    def take(self, x: Tensor) -> Tensor:
+        """Those that are left, from all tokens."""
+        left = self.map.merge(x, "drop")
+        return left if self.apart is None else left - self.map.merge(self.apart, "drop")
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return self.map.index, self.map.keep, self.size, self.apart
+
+
+class Part(NamedTuple):
+    """A part of a block that has hooks."""
+
+    module: nn.Module
+    wrappable: bool  # whether an adapter around it may come later, which calls it and adds to what it returns
+
+
+class Schedule(NamedTuple):
+    """What an `r` says."""
+
+    steps: list[int | float]  # how many tokens are to merge in each layer, or which share of them
+    first: int  # the first layer in which any do
+
+    @classmethod
+    def of(cls, layers: int, r: Any) -> Schedule:
+        steps = parse_r(layers, r)
+        return cls(steps, next((layer for layer, step in enumerate(steps) if step), layers))
 
 
 class Hooks:
@@ -63,31 +121,22 @@ class Hooks:
     def __getstate__(self) -> None:
         return None
 
-    def look_for_replaced(self, block: nn.Module, name: str, parts: Mapping[str, bool]) -> None:
-        """Raises an error if a part of a block to which these hooks belong is no longer there.
-
-        Args:
-            parts: where they are in the block, and whether an adapter around one may have come since: one
-                that calls the part and adds to what that returns.
-        """
-        for path, wrappable in parts.items():
+    def look_for_replaced(self, block: nn.Module, name: str, parts: Mapping[str, Part]) -> None:
+        """Raises an error if a part of a block to which these hooks belong is no longer there."""
+        for path, (known, wrappable) in parts.items():
             part: Any = block
-            for step in path.split("."):
+            for step in path.split(".") if "." in path else (path,):
                 part = getattr(part, step, None)
-            if part is not None and self.is_on(part):
+            if part is known:
                 continue
             inside = list(part.modules()) if wrappable and isinstance(part, nn.Module) else []
             # Adapters that train a copy of a part keep it, and call the copy.
             copied = any(is_copy(hook) for module in inside for hook in hooks_of(module))
-            if copied or not any(map(self.is_on, inside)):
+            if copied or known not in inside:
                 kind = type(part).__name__
                 raise RuntimeError(
                     f"tomesd: {name}.{path} was replaced after apply_patch, by a {kind}: patch again"
                 )
-
-    def is_on(self, part: nn.Module) -> bool:
-        """Whether some of these hooks are on a module."""
-        return any(getattr(hook, "__self__", None) is self for hook in hooks_of(part))
 
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:
@@ -146,7 +195,7 @@ class LayersPatch(Patch):
         self.sequence_first = False
         self.own = PerThread(Forward)
         self.maps: list[TokenMap | None] = [None] * self.layers
-        self.parsed: tuple[Any, list[int | float]] = (None, [])
+        self.parsed: tuple[Any, Schedule] = (None, Schedule([], self.layers))
         self.hooks: list[Hooks] = []
         # Copies of the network alone have no holder, and merge as it did when they were made.
         self.holder: Holder | None = None
@@ -193,8 +242,8 @@ class LayersPatch(Patch):
         return self.last_r if self.holder is None else self.holder.model.r
 
     @property
-    def schedule(self) -> list[int | float]:
-        """How many tokens are to merge in each layer, or which share of them."""
+    def schedule(self) -> Schedule:
+        """How many tokens are to merge in each layer."""
         r = self.r
         key = type(r), tuple(r) if isinstance(r, list) else r  # a list may be changed in place
         known, schedule = self.parsed
@@ -205,10 +254,10 @@ class LayersPatch(Patch):
             self.parsed = key, schedule
         return schedule
 
-    def parse(self, r: Any) -> list[int | float]:
+    def parse(self, r: Any) -> Schedule:
         """The schedule of an `r`; a ValueError or TypeError if it is none."""
         try:
-            return parse_r(self.layers, r)
+            return Schedule.of(self.layers, r)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
@@ -235,7 +284,12 @@ class NetworkHooks(Hooks):
         self.patch = patch
         module, container = network.module, network.sites[0].container
         self.path = network.family.path
+        self.blocks = [site.module for site in network.sites]
         patch.before(module, self.look_for_blocks)
+        # Not every call is of the network itself: timm's forward_features is called alone.
+        others = [child for name, child in module.named_children() if name != self.path.partition(".")[0]]
+        for first in others[:1]:
+            patch.before(first, self.look_for_blocks)
         self.mask: Argument | None = None
         if "attention_mask" in inspect.signature(type(module).forward).parameters:
             self.mask = Argument(module, "attention_mask")
@@ -254,21 +308,19 @@ class NetworkHooks(Hooks):
         )
 
     @where_filled
-    def look_for_blocks(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    def look_for_blocks(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Raises an error if there is a block that was not there when the network was patched."""
-        container = submodule(network, self.path)
-        if container is None or not any(self.patch.schedule):
+        container = submodule(self.patch.network, self.path)
+        if container is None or self.patch.schedule.first == self.patch.layers:
             return
-        for name, block in container._modules.items():
+        for place, (name, block) in enumerate(container._modules.items()):
+            if block is None or (place < len(self.blocks) and block is self.blocks[place]):
+                continue
             # Sharding and the like wrap blocks.
-            if block is not None and not any(map(self._is_ours, block.modules())):
+            if not any(part is known for part in block.modules() for known in self.blocks):
                 raise RuntimeError(
                     f"tomesd: {self.path}.{name} came after apply_patch, or is a copy of a block: patch again"
                 )
-
-    def _is_ours(self, module: nn.Module) -> bool:
-        owners = (getattr(hook, "__self__", None) for hook in hooks_of(module))
-        return any(getattr(owner, "patch", None) is self.patch for owner in owners)
 
     @where_filled
     def look_for_mask(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -283,7 +335,7 @@ class NetworkHooks(Hooks):
     @where_filled
     def enter(self, container: nn.Sequential, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Tells the first block whether nobody looks at the tokens between the blocks."""
-        self.look_for_blocks(self.patch.network, args, kwargs)
+        self.look_for_blocks(container, args, kwargs)
         if any(len(block._forward_hooks) > 1 or len(block._forward_pre_hooks) > 1 for block in container):
             return None
         x = args[0].view_as(args[0])
@@ -294,16 +346,16 @@ class NetworkHooks(Hooks):
     def leave(self, container: nn.Sequential, args: Args, kwargs: Kwargs, x: Tensor) -> Tensor:
         """Gives back the tokens that the blocks have handed on merged."""
         patch = self.patch
-        if not any(patch.schedule):
+        if patch.schedule.first == patch.layers:
             return x
-        carried, inside = state_of(x, f"the end of {patch.name}'s blocks")
-        if carried is None or not inside:
+        merged, inside = state_of(x, f"the end of {patch.name}'s blocks")
+        if merged is None or not inside:
             return x
-        return patch.turned(carried.unmerge(patch.turned(x)))
+        return patch.turned(merged.give_back(patch.turned(x)))
 
 
-def state_of(x: Tensor, where: str) -> tuple[TokenMap | None, bool]:
-    """Which tokens of `x` are merged, and whether nobody looks at them before the last block."""
+def state_of(x: Tensor, where: str) -> tuple[Merged | None, bool]:
+    """What the tokens of `x` have become, and whether nobody looks at them before the last block."""
     if not hasattr(x, STATE):
         raise RuntimeError(
             f"tomesd: the tokens at {where} do not come straight from the block before it. Something between "
@@ -311,4 +363,10 @@ def state_of(x: Tensor, where: str) -> tuple[TokenMap | None, bool]:
             "use_reentrant=True (use_reentrant=False works). Without it, or with model.r = 0, it runs"
         )
     carried, inside = getattr(x, STATE)
-    return (None if carried is None else TokenMap(*(part.to(x.device) for part in carried))), inside
+    if carried is None:
+        return None, inside
+    index, keep, size, apart = carried
+    if index.device != x.device:
+        index, keep, size = (part.to(x.device) for part in (index, keep, size))
+        apart = None if apart is None else apart.to(x.device)
+    return Merged(TokenMap(index, keep), size, apart), inside
