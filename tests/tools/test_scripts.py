@@ -1,6 +1,9 @@
 """Scripts that count and time what large pictures and vision transformers take."""
 
 import csv
+import os
+import subprocess
+from pathlib import Path
 
 import attention
 import count
@@ -97,3 +100,29 @@ def test_a_vision_transformer_is_timed_in_each_way(tmp_path, capsys):
     assert float(rows[0]["error"]) == 0 < float(rows[1]["error"]) < 1
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "vit_tiny_patch16_224, size 64, dtype float32" in capsys.readouterr().out
+
+
+def test_parts_of_the_gpu_benchmark_go_on_where_one_fails(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> calls\ncase "$*" in *sdxl*) echo broken >&2; exit 3;; esac\n')
+    python.chmod(0o755)
+    script = Path(__file__).parents[2] / "scripts" / "bench_gpu.sh"
+
+    def run(*parts):
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        call = ["bash", script, "figures", *parts]
+        return subprocess.run(
+            call, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
+        )
+
+    done = run()
+    assert done.returncode == 1
+    parts = [line.removeprefix("== ") for line in done.stdout.splitlines() if line.startswith("== ")]
+    assert parts == ["unet", "4k", "sdxl", "compiled", "tune", "vit", "ops", "block"]
+    assert [line for line in done.stderr.splitlines() if line] == [
+        "sdxl failed: broken",
+        "compiled failed: broken",
+    ]
+    assert len((tmp_path / "calls").read_text().splitlines()) == 10
+    assert run("ops", "tune").returncode == 0
+    assert run("nonsense", "ops").returncode == 1
