@@ -25,9 +25,10 @@ try() {
 bench() { try "$root/scripts/bench" "$@"; }
 # SD 1.5 in bfloat16, unless told.
 speed() {
-    local csv="$1" && shift
+    local csv="$1" few="" && shift
+    [[ $* != *--compile* ]] || few="--ways windowed"
     bench speed --csv "$folder/$csv.csv" --dtypes bfloat16 --rounds 5 "$@" \
-        -- --device cpu --model tiny --sizes 640x128 --rounds 2
+        -- --device cpu --model tiny --sizes 640x128 --rounds 2 $few
 }
 draw() { try -m tomesd generate-4k --out "$folder" "$@" -- --device cpu --size 32x64 --steps 3; }
 
@@ -54,7 +55,7 @@ part() {
             ;;
         tune) try -m tomesd tune --speed 2 --fresh --out "$folder/recipe.json" -- --device cpu --size 32 --steps 2 ;;
         vit)
-            bench vit --csv "$folder/vit.csv" --plot "$folder/vit.png" --compiled --dtypes bfloat16 \
+            bench vit --csv "$folder/vit.csv" --plot "$folder/vit.png" --dtypes bfloat16 \
                 --models vit_base_patch16 vit_large_patch16 --sizes 224 384 --batches 1 256 \
                 -- --device cpu --models vit_tiny_patch16_224@64 --batches 2 --rounds 2
             ;;

@@ -8,6 +8,7 @@ from pathlib import Path
 import attention
 import count
 import pytest
+import roofline
 import step_4k
 import tiny
 import torch
@@ -126,3 +127,23 @@ def test_parts_of_the_gpu_benchmark_go_on_where_one_fails(tmp_path):
     assert len((tmp_path / "calls").read_text().splitlines()) == 10
     assert run("ops", "tune").returncode == 0
     assert run("nonsense", "ops").returncode == 1
+
+
+def test_a_step_is_modelled_by_data_sheets(capsys):
+    small, large = roofline.Card(1e12, 1e12, 1e12), roofline.Card(1e15, 1e15, 1e15)
+    call = roofline.Call(2e9, 1_000_000, half=True)
+    assert (call.seconds(small), call.seconds(large)) == (2e-3, roofline.LAUNCH)
+    assert roofline.Call(0, 1_000_000_000, half=True).seconds(small) == 1e-3
+    setting = models.Setting("unet", "tiny", "float16", 192, 128, 0.75, 2, "meta")
+    work = roofline.operations_of(models.build(setting), "plain", setting).calls
+    network, (args, kwargs) = models.build(setting), models.inputs(setting)
+    attention, flops = count.Attention(), count.FlopCounterMode(display=False)
+    with torch.no_grad(), attention, flops:
+        network(*args, **kwargs)
+    assert sum(call.flops for call in work["attention"]) == attention.flops
+    done = sum(call.flops for calls in work.values() for call in calls)
+    assert done == attention.flops + flops.get_total_flops()
+    assert roofline.main(["--models", "tiny", "--sizes", "128", "--ways", "windowed"]) == 0
+    printed = capsys.readouterr().out
+    assert "a model, not measured" in printed
+    assert [line.split()[0] for line in printed.splitlines()[2:4]] == ["plain", "windowed"]
