@@ -26,7 +26,7 @@ bench() { try "$root/scripts/bench" "$@"; }
 # SD 1.5 in bfloat16, unless told.
 speed() {
     local csv="$1" few="" && shift
-    [[ $* != *--compile* ]] || few="--ways windowed"
+    [[ $* != *--compile* ]] || few="--level block --ways windowed"
     bench speed --csv "$folder/$csv.csv" --dtypes bfloat16 --rounds 5 "$@" \
         -- --device cpu --model tiny --sizes 640x128 --rounds 2 $few
 }
@@ -53,7 +53,7 @@ part() {
             speed compiled-sdxl --level unet --model sdxl --compile --channels-last --sizes 1024 \
                 --ways windowed keys stage-4
             ;;
-        tune) try -m tomesd tune --speed 2 --fresh --out "$folder/recipe.json" -- --device cpu --size 32 --steps 2 ;;
+        tune) try -m tomesd tune --error 0.01 --fresh --out "$folder/recipe.json" -- --device cpu --size 32 --steps 2 ;;
         vit)
             bench vit --csv "$folder/vit.csv" --plot "$folder/vit.png" --dtypes bfloat16 \
                 --models vit_base_patch16 vit_large_patch16 --sizes 224 384 --batches 1 256 \

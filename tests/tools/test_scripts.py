@@ -34,6 +34,9 @@ def test_what_a_step_costs_is_counted():
     assert 0 < count.count(network, "4k-stage", setting).matrices < merged.matrices
     # At least the two halves of what the first feed-forward makes, and its input.
     assert plain.memory > 2 * 2 * n * (8 + 1) * 16
+    spared = count.count(network, "plain", setting, spare=True)
+    assert (spared.matrices, spared.attention) == (plain.matrices, plain.attention)
+    assert spared.memory < plain.memory
 
 
 def test_what_is_alive_is_counted_once_and_forgotten():

@@ -166,11 +166,16 @@ def prepare(pipe: Any) -> None:
     pipe.set_progress_bar_config(disable=True)
 
 
+def chunk_feed_forward(network: torch.nn.Module) -> None:
+    """Feed-forward layers of transformers take one picture, or one half of guidance, after the other."""
+    for module in network.modules():
+        if hasattr(module, "set_chunk_feed_forward"):
+            module.set_chunk_feed_forward(1, dim=0)
+
+
 def spare_memory(pipe: Any, size: tuple[int, int]) -> None:
     """Makes what would set the peak of memory work in pieces: with large pictures that costs no time."""
-    for module in pipe.unet.modules():
-        if hasattr(module, "set_chunk_feed_forward"):
-            module.set_chunk_feed_forward(1, dim=0)  # one picture, or half of guidance, after the other
+    chunk_feed_forward(pipe.unet)
     vae = getattr(pipe, "vae", None)
     if vae is not None and math.prod(size) > TILED:
         vae.enable_tiling()
