@@ -41,7 +41,8 @@ part() {
             ;;
         4k) # fifty steps, plain and with keys; then in both ways that save most
             if [[ -n "${TOY:-}" ]]; then draw fire --model emoji --direct --compare; else draw --random --compare; fi
-            speed 4k --level unet --sizes 3840x2176 --ratios 0.75 --ways ideal windowed 4k ideal-4k-stage 4k-stage
+            speed 4k --level unet --sizes 3840x2176 --ratios 0.75 \
+                --ways tomesd-0.1.3 ideal windowed 4k ideal-4k-stage 4k-stage
             ;;
         sdxl)
             speed sdxl --level unet --model sdxl --sizes 1024 2048 \

@@ -12,12 +12,12 @@ and there tomesd is at work. `--direct` draws at once at the size asked for, the
 shrunk in the first steps (`tomesd.DeepShrink`).
 
 At the two finest levels with attention every token looks at one of 16 others.  TFLOPs of a step with both
-guidance halves, and GiB that it needs beside the weights, as `python scripts/bench count` counts them:
+guidance halves, and GiB that it needs beside the weights, as `python scripts/bench count --spare` counts them:
 
                                  SD 1.5, 3840x2176     SDXL, 4096x4096
-    plain                             292   4.1             576   4.9
-    tomesd by default                 128   4.1             409   4.9
-    this                               61   4.1             201   4.9
+    plain                             292   2.9             576   4.4
+    tomesd by default                 128   2.9             409   4.4
+    this                               62   2.9             211   4.4
     this, merge-stage                  55   2.2             113   4.4
 
 Self-attention alone, on a sample of the keys, stays closest to the plain picture.  With `--method
