@@ -196,7 +196,7 @@ def run(args: argparse.Namespace, ways: Ways) -> int:
                     network = None  # before the next one is made
                     network = build(setting)
                     if args.channels_last:
-                        network.to(memory_format=torch.channels_last)
+                        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 new = measured(network, setting, args, ways, bar)
             except Exception as error:  # no way to begin, but other settings may do
                 failed = {**dict.fromkeys(FIGURES), "note": reason(error)}

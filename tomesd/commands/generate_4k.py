@@ -12,7 +12,7 @@ and there tomesd is at work. `--direct` draws at once at the size asked for, the
 shrunk in the first steps (`tomesd.DeepShrink`).
 
 At the two finest levels with attention every token looks at one of 16 others.  TFLOPs of a step with both
-guidance halves, and GiB that it needs beside the weights, as `python scripts/bench count --spare` counts them:
+guidance halves, and GiB that it needs beside the weights (`python scripts/bench count --spare`):
 
                                  SD 1.5, 3840x2176     SDXL, 4096x4096
     plain                             292   2.9             576   4.4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import math
 import warnings
@@ -112,8 +113,9 @@ def shrink_for(pipe: Any, args: argparse.Namespace) -> tomesd.DeepShrink | None:
     times = math.sqrt(args.size[0] * args.size[1] / (own.width * own.height))
     if times < LARGE:
         return None
-    until = {"until": EMOJI_SHRUNK} if shipped(args.model) else {}
-    shrink = tomesd.DeepShrink(round(times, 2), **until)
+    shrink = tomesd.DeepShrink(round(times, 2))
+    if shipped(args.model):
+        shrink = dataclasses.replace(shrink, until=EMOJI_SHRUNK)
     say(f"note: {times:.1f} times the model's own size, so with {shrink}")
     return shrink
 

@@ -168,6 +168,7 @@ def prepare(pipe: Any) -> None:
 
 def chunk_feed_forward(network: torch.nn.Module) -> None:
     """Feed-forward layers of transformers take one picture, or one half of guidance, after the other."""
+    module: Any
     for module in network.modules():
         if hasattr(module, "set_chunk_feed_forward"):
             module.set_chunk_feed_forward(1, dim=0)
