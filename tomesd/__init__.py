@@ -7,6 +7,7 @@ from .methods.merge_keys import MergeKeys
 from .methods.method import Method
 from .methods.recipe import Recipe
 from .methods.sample_keys import SampleKeys
+from .methods.shrink import DeepShrink
 from .methods.stage import MergeStage
 from .patch import apply_patch, patched, remove_patch
 from .token_merger import TokenMerger
@@ -18,6 +19,7 @@ from .tools.vis import make_visualization
 __version__ = "1.0.0.dev0"
 
 __all__ = [
+    "DeepShrink",
     "Explanation",
     "Merge",
     "MergeKeys",

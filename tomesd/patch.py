@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,6 +21,7 @@ from .methods.cost import PlanIfItPays
 from .methods.merge import Merge
 from .methods.method import Method
 from .methods.recipe import Recipe
+from .methods.shrink import DeepShrink
 
 Model = TypeVar("Model")
 P = ParamSpec("P")
@@ -38,6 +39,7 @@ def apply_patch(
     merge_mlp: bool = False,
     *,
     auto: bool = False,
+    shrink: DeepShrink | None = None,
 ) -> Model:
     """Makes a model that draws images compute less: by default, by merging similar tokens before attention.
 
@@ -66,6 +68,7 @@ def apply_patch(
         merge_mlp: whether `"mlp"` is.
         auto: leave blocks alone where the method would be slower, which is measured once for each shape of
             tokens, in about a second; `explain` says where. So the picture may depend on the machine.
+        shrink: a `DeepShrink`, for one subject in pictures far above the model's own size.
 
     Returns:
         The same model.
@@ -86,13 +89,15 @@ def apply_patch(
         "merge_mlp": merge_mlp,
     }
     options.boolean("auto", auto)
+    if not isinstance(shrink, DeepShrink | None):
+        raise options.wrong_type("shrink", "a DeepShrink or None", shrink)
     choice = _choice(ratio, max_downsample, legacy)
     chosen = {network: choice.choose(network) for network in find_networks(model)}
     if not any(chosen.values()):
         kinds = ", ".join(type(network.module).__name__ for network in chosen)
         raise ValueError(f"nothing to merge: no transformer blocks in {kinds}")
     choice.check(chosen)
-    _put([(network, methods, auto) for network, methods in chosen.items()])
+    _put([(network, NetworkPatch(methods, auto, shrink)) for network, methods in chosen.items()])
     return model
 
 
@@ -132,7 +137,7 @@ def _as_context(apply: Callable[P, Model]) -> Callable[P, AbstractContextManager
             for network in (network for network, patch in before if not patch):
                 _detach(network.module)
             # As it was, whatever has come on its modules since: what is wrong with that, calls say.
-            _put([(network, patch.chosen, patch.auto) for network, patch in before if patch], checks=False)
+            _put([(network, patch.anew()) for network, patch in before if patch])
 
     patched.__qualname__ = "patched"
     patched.__signature__ = inspect.signature(apply)  # type: ignore[attr-defined]
@@ -146,16 +151,28 @@ patched = _as_context(apply_patch)
 class NetworkPatch(Patch):
     """All that tomesd holds on one network that draws images. As its hooks, it holds no module."""
 
-    def __init__(self, chosen: Chosen, auto: bool, checks: bool) -> None:
+    def __init__(self, chosen: Chosen, auto: bool, shrink: DeepShrink | None, checks: bool = True) -> None:
         super().__init__(checks)
-        self.chosen = chosen
-        self.auto = auto
+        self.chosen, self.auto, self.shrink = chosen, auto, shrink
         self.plans: dict[str, Plan] = {}  # the planner of each block that has a method
+
+    def anew(self) -> NetworkPatch:
+        """One of the same options, on no network, which takes that as it is."""
+        return NetworkPatch(self.chosen, self.auto, self.shrink, checks=False)
+
+    @property
+    def kind(self) -> Hashable:
+        """What programs of torch.compile depend on."""
+        return (*self.chosen.values(), self.shrink)
 
     def attach(self, network: ImageNetwork) -> None:
         """Registers the hooks of all methods; a ValueError if one cannot be had there."""
+        if self.shrink is None and not any(isinstance(method, Method) for method in self.chosen.values()):
+            return
         refuse_shared(str(network), network.sites)
         hooks = NetworkHooks(self, network.module, network.family)
+        if self.shrink is not None:
+            self.shrink.attach(network, hooks, self)
         for container in dict.fromkeys(site.container for site in network.sites):
             sites = [site for site in network.sites if site.container is container]
             methods = dict.fromkeys(self.chosen[site.name] for site in sites if self._has_method(site))
@@ -177,28 +194,26 @@ class NetworkPatch(Patch):
         return isinstance(self.chosen[site.name], Method)
 
 
-def _put(wanted: Sequence[tuple[ImageNetwork, Chosen, bool]], checks: bool = True) -> None:
+def _put(patches: Sequence[tuple[ImageNetwork, NetworkPatch]]) -> None:
     """Patches networks in place of what is on them: all of them or, if there is an error, none."""
-    patches = [(network.module, NetworkPatch(chosen, auto, checks)) for network, chosen, auto in wanted]
     try:
-        for (_, patch), (network, chosen, _) in zip(patches, wanted, strict=True):
-            if any(isinstance(method, Method) for method in chosen.values()):
-                patch.attach(network)
+        for network, patch in patches:
+            patch.attach(network)
     except BaseException:
         for _, patch in patches:
             patch.remove()
         raise
-    for module, patch in patches:
-        old = patch_of(module)
+    for network, patch in patches:
+        old = patch_of(network.module)
         if old is not None:
             patch.listeners = old.listeners
-        _detach(module)
+        _detach(network.module)
         if patch.handles:
-            setattr(module, OWNER, patch)
+            setattr(network.module, OWNER, patch)
     # Compiled programs take the answer as a constant. Marked here, as marking it loads torch._dynamo.
     torch.compiler.assume_constant_result(cost.pays)
-    if wanted:
-        show_hooks_to_compile(tuple(tuple(chosen.values()) for _, chosen, _ in wanted))
+    if patches:
+        show_hooks_to_compile(tuple(patch.kind for _, patch in patches))
 
 
 def _detach(network: nn.Module) -> bool:

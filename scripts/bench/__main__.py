@@ -12,6 +12,7 @@ COMMANDS = {
     "attention": "error of self-attention by each method, on real weights",
     "ops": "the hot operations against other ways to compute the same",
     "count": "FLOPs and memory of a step of a UNet, without computing it",
+    "roofline": "a model of what a step would take on two GPUs, by data sheets",
     "caching": "DeepCache and an early end of guidance, alone and beside tomesd: error over operations",
     "training": "losses of a LoRA and of a whole fine-tune with merging, beside plain",
     "step-4k": "one step of the shipped model on the tokens of a 4K picture",

@@ -1,7 +1,7 @@
 """Counts what a step of a UNet costs, without computing it: no GPU, no weights, seconds on one core.
 
     python scripts/bench count
-    python scripts/bench count --model sdxl --size 4096 --ways 4k stage-4
+    python scripts/bench count --model sdxl --size 4096 --ways 4k stage-4 --spare
 
 TFLOPs of both guidance halves, attention, convolutions and matrices apart; and the GiB of all tensors that
 are alive at once beside the weights, in bfloat16. Attention is taken to be fused, so to keep no more than its
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tomesd.commands.bench import MULTIPLE
 from tomesd.commands.common import Parser, check_multiple, guarded, ratio, reason, size, view
 from tomesd.commands.models import MODELS, Setting, build, inputs
+from tomesd.commands.pipelines import chunk_feed_forward
 
 PROGRAM = "python scripts/bench count"
 SHOWN = ["plain", "windowed", "4k", "4k-stage"]
@@ -91,10 +92,12 @@ class Cost:
 
 
 @torch.no_grad()
-def count(network: nn.Module, name: str, setting: Setting) -> Cost:
-    """What a step costs in one way."""
+def count(network: nn.Module, name: str, setting: Setting, spare: bool = False) -> Cost:
+    """What a step costs in one way; `spare`: feed-forward layers take one sample after the other."""
     own = view(network)
     rivals.ALL[name].patch(own, setting)
+    if spare:
+        chunk_feed_forward(own)
     args, kwargs = inputs(setting)
     attention, flops, alive = Attention(), FlopCounterMode(display=False), Alive()
     with attention, flops, alive:
@@ -112,6 +115,11 @@ def run(arguments: Sequence[str] | None) -> int:
     parser.add_argument(
         "--ways", nargs="+", choices=rivals.ALL, default=SHOWN, metavar="WAY", help=f"({' '.join(SHOWN)})"
     )
+    parser.add_argument(
+        "--spare",
+        action="store_true",
+        help="feed-forward layers take guidance's halves in turn, as in generate-4k",
+    )
     args = parser.parse_args(arguments)
     check_multiple(args.size, MULTIPLE)
     width, height = args.size
@@ -121,7 +129,7 @@ def run(arguments: Sequence[str] | None) -> int:
     print(f"{'TFLOPs':16}{'attention':>10}{'conv':>10}{'matrices':>10}{'all':>10}{'GiB':>8}")
     for name in args.ways:
         try:
-            print(f"{name:16}{count(network, name, setting)}", flush=True)
+            print(f"{name:16}{count(network, name, setting, args.spare)}", flush=True)
         except Exception as error:  # what cannot run without data
             print(f"{name:16}{reason(error)}")
     return 0

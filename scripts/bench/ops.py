@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tomesd import TokenMap
-from tomesd.commands.common import Parser, guarded, positive, timed
+from tomesd.commands.common import Parser, check_parent, environment, guarded, positive, timed, write_csv
 from tomesd.commands.pipelines import pick_device
 from tomesd.maths.attention import biased_attention
 
@@ -92,18 +93,26 @@ def run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument("--csv", type=Path, help="write them there")
     args = parser.parse_args(arguments)
+    check_parent(args.csv, "--csv")
     args.device = str(pick_device(args.device))
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     cases = {f"{side} x {side} latents": (merging, side) for side in args.sizes}
     cases |= {f"{tokens} tokens": (attention, tokens) for tokens in args.tokens}
+    where, rows = {"dtype": args.dtype, **environment(args.device)}, []
     for title, (build, size) in cases.items():
         print(f"{title}, {args.dtype}, {args.device}, {args.threads} thread(s)")
         with torch.inference_mode():
             for name, seconds in measure(build(size, dtype, args.device), args.rounds, args.device).items():
                 print(f"  {name:42}{seconds * 1000:8.2f}")
+                rows.append(
+                    {"case": title, "operation": name.strip(), "milliseconds": seconds * 1000, **where}
+                )
+    if args.csv:
+        write_csv(rows, args.csv)
     return 0
 
 

@@ -114,6 +114,18 @@ def test_directly_and_merged_alone(model, tmp_path, capsys):
     assert figures(printed, "merged 75%")[:3:2] == ["192x128", "2"]
 
 
+def test_what_is_large_is_drawn_with_deep_shrink(model, tmp_path, capsys):
+    call = ["a cat", "--model", model, "--size", "256", "--steps", "3", "--ratio", "0"]
+    assert main(["generate", *call, "--out", str(tmp_path)]) == 0
+    assert draw(tmp_path, *call, "--direct") == 0
+    note = "note: 2.0 times the model's own size, so with DeepShrink(factor=2.0, until=0.35, downsample=2)"
+    assert capsys.readouterr().err.count(note) == 2
+    one, two = (pixels(tmp_path / f"a-cat-0{size}-plain.png") for size in ("", "-256x256"))
+    assert np.array_equal(one, two)
+    plain = tiny.sd()("a cat", 256, 256, 3, generator=torch.Generator().manual_seed(0)).images[0]
+    assert not np.array_equal(one, np.asarray(plain, dtype=float))
+
+
 def test_a_base_of_another_shape_and_strength(model, tmp_path, capsys):
     call = ["a cat", "--model", model, "--size", "128x64", "--base-size", "64", "--strength", "0.7"]
     assert draw(tmp_path, *call, "--steps", "3", "--ratio", "0") == 0

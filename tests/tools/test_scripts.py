@@ -1,11 +1,15 @@
 """Scripts that count and time what large pictures and vision transformers take."""
 
 import csv
+import os
+import subprocess
+from pathlib import Path
 
 import attention
 import count
 import matching
 import pytest
+import roofline
 import step_4k
 import tiny
 import torch
@@ -32,6 +36,9 @@ def test_what_a_step_costs_is_counted():
     assert 0 < count.count(network, "4k-stage", setting).matrices < merged.matrices
     # At least the two halves of what the first feed-forward makes, and its input.
     assert plain.memory > 2 * 2 * n * (8 + 1) * 16
+    spared = count.count(network, "plain", setting, spare=True)
+    assert (spared.matrices, spared.attention) == (plain.matrices, plain.attention)
+    assert spared.memory < plain.memory
 
 
 def test_what_is_alive_is_counted_once_and_forgotten():
@@ -117,3 +124,49 @@ def test_tokens_are_matched_in_each_way():
         assert sizes[i, left[i]].max() <= sizes[i, joined[i]].min()
     alike = matching.matched("ward", metric, torch.ones_like(sizes), 1, 5, depth=0.5)
     assert torch.equal(alike.index, ours.index)
+
+
+def test_parts_of_the_gpu_benchmark_go_on_where_one_fails(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> calls\ncase "$*" in *sdxl*) echo broken >&2; exit 3;; esac\n')
+    python.chmod(0o755)
+    script = Path(__file__).parents[2] / "scripts" / "bench_gpu.sh"
+
+    def run(*parts):
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        call = ["bash", script, "figures", *parts]
+        return subprocess.run(
+            call, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
+        )
+
+    done = run()
+    assert done.returncode == 1
+    parts = [line.removeprefix("== ") for line in done.stdout.splitlines() if line.startswith("== ")]
+    assert parts == ["unet", "4k", "sdxl", "compiled", "tune", "vit", "ops", "block"]
+    assert [line for line in done.stderr.splitlines() if line] == [
+        "sdxl failed: broken",
+        "compiled failed: broken",
+    ]
+    assert len((tmp_path / "calls").read_text().splitlines()) == 10
+    assert run("ops", "tune").returncode == 0
+    assert run("nonsense", "ops").returncode == 1
+
+
+def test_a_step_is_modelled_by_data_sheets(capsys):
+    small, large = roofline.Card(1e12, 1e12, 1e12), roofline.Card(1e15, 1e15, 1e15)
+    call = roofline.Call(2e9, 1_000_000, half=True)
+    assert (call.seconds(small), call.seconds(large)) == (2e-3, roofline.LAUNCH)
+    assert roofline.Call(0, 1_000_000_000, half=True).seconds(small) == 1e-3
+    setting = models.Setting("unet", "tiny", "float16", 192, 128, 0.75, 2, "meta")
+    work = roofline.operations_of(models.build(setting), "plain", setting).calls
+    network, (args, kwargs) = models.build(setting), models.inputs(setting)
+    attention, flops = count.Attention(), count.FlopCounterMode(display=False)
+    with torch.no_grad(), attention, flops:
+        network(*args, **kwargs)
+    assert sum(call.flops for call in work["attention"]) == attention.flops
+    done = sum(call.flops for calls in work.values() for call in calls)
+    assert done == attention.flops + flops.get_total_flops()
+    assert roofline.main(["--models", "tiny", "--sizes", "128", "--ways", "windowed"]) == 0
+    printed = capsys.readouterr().out
+    assert "a model, not measured" in printed
+    assert [line.split()[0] for line in printed.splitlines()[2:4]] == ["plain", "windowed"]

@@ -74,6 +74,9 @@ def make_parser(program: str, ways: Ways) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive, help="timed calls of each way (7)")
     parser.add_argument("--ways", nargs="+", choices=ways, metavar="WAY", help="these, and plain (all)")
     parser.add_argument("--compile", action="store_true", help="through torch.compile, without graph breaks")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="weights in this order, as convolutions like"
+    )
     parser.add_argument("--threads", type=positive, help="CPU threads of torch")
     parser.add_argument("--device", default="auto", help="(the best there is)")
     parser.add_argument("--csv", type=Path, help="write all figures there")
@@ -185,12 +188,15 @@ def run(args: argparse.Namespace, ways: Ways) -> int:
                 **{"level": setting.level, "model": setting.model, "dtype": setting.dtype},
                 **{"size": f"{setting.width}x{setting.height}", "tokens": setting.tokens},
                 **{"ratio": setting.ratio, "batch": setting.batch, "compiled": args.compile},
+                **({"channels_last": True} if args.channels_last else {}),
             }
             try:
                 if before is None or before.dtype != setting.dtype or network is None:
                     bar.set_postfix_str(f"making {setting.model} in {setting.dtype}")
                     network = None  # before the next one is made
                     network = build(setting)
+                    if args.channels_last:
+                        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 new = measured(network, setting, args, ways, bar)
             except Exception as error:  # no way to begin, but other settings may do
                 failed = {**dict.fromkeys(FIGURES), "note": reason(error)}

@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 2 -m tomesd generate --prompts-file prompts.txt --device cpu --out many
 
 Without --model the small emoji model is used: it needs no network and draws 330 things, red apple and rocket
-among them. Pictures go to outputs/ as they are drawn. A wrong option is explained in one line, before
+among them. A --size far above the model's own is drawn with DeepShrink; generate-4k draws it in two stages.
+Pictures go to outputs/ as they are drawn. A wrong option is explained in one line, before
 anything slow begins.
 
 With --prompts-file each line is a prompt. They are shared out to all processes of `accelerate launch` or
@@ -29,8 +30,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-import tomesd
 
 from . import memory, metrics, options, plot
 from .common import (
@@ -55,6 +54,7 @@ from .pipelines import (
     load_pipeline,
     pick_device,
     pick_dtype,
+    spare_memory,
 )
 
 if TYPE_CHECKING:
@@ -141,12 +141,12 @@ class Drawer:
     def __init__(self, args: argparse.Namespace, pipe: Any, device: torch.device) -> None:
         self.args, self.pipe, self.device = args, pipe, device
         self.options = options.call_options(args, pipe)
+        self.shrink = options.shrink_for(pipe, args)
+        if self.shrink is not None:
+            spare_memory(pipe, args.size)
 
     def patch(self, merged: bool) -> None:
-        if merged:
-            options.patch_as_asked(self.pipe, self.args)
-        else:
-            tomesd.remove_patch(self.pipe)
+        options.patch_as_asked(self.pipe, self.args, self.shrink, plain=not merged)
 
     def draw(self, prompt: str, label: str, **call: Any) -> Image.Image:
         self.pipe.set_progress_bar_config(desc=f"{label}: {prompt[:40]}", leave=True)

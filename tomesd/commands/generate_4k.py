@@ -8,15 +8,16 @@
 
 A model draws well at the size that it was trained at, and repeats things at larger ones.  So the picture is
 drawn at about that size, upscaled, and refined at the size asked for by img2img: most of the time goes there,
-and there tomesd is at work. `--direct` draws at once at the size asked for.
+and there tomesd is at work. `--direct` draws at once at the size asked for, the deep levels of the network
+shrunk in the first steps (`tomesd.DeepShrink`).
 
 At the two finest levels with attention every token looks at one of 16 others.  TFLOPs of a step with both
-guidance halves, and GiB that it needs beside the weights, as `python scripts/bench count` counts them:
+guidance halves, and GiB that it needs beside the weights (`python scripts/bench count --spare`):
 
                                  SD 1.5, 3840x2176     SDXL, 4096x4096
-    plain                             292   4.1             576   4.9
-    tomesd by default                 128   4.1             409   4.9
-    this                               61   4.1             201   4.9
+    plain                             292   2.9             576   4.4
+    tomesd by default                 128   2.9             409   4.4
+    this                               62   2.9             211   4.4
     this, merge-stage                  55   2.2             113   4.4
 
 Self-attention alone, on a sample of the keys, stays closest to the plain picture.  With `--method
@@ -66,6 +67,7 @@ from .pipelines import (
     load_pipeline,
     pick_device,
     pick_dtype,
+    spare_memory,
 )
 
 if TYPE_CHECKING:
@@ -109,14 +111,14 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--direct",
         action="store_true",
-        help="draw at once at --size: models repeat things at sizes far above their own",
+        help="draw at once at --size, with DeepShrink where that is far above the model's own",
     )
     p.add_argument("--base-size", type=size, help="what to draw first (default: near the model's own size)")
     p.add_argument(
         "--strength", type=float, help="share of the steps that refine the upscaled picture (default: 0.4)"
     )
     p.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
-    p.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
+    p.add_argument("--guidance", type=float, help="guidance scale (default: 3, or the pipeline's own)")
     options.add_method(p, "sample-keys", 0.75, "the two finest")
     p.add_argument("--compare", action="store_true", help="do the last stage without tomesd as well")
     p.add_argument("--seed", type=seed, default=0, help="seed of the picture (default: 0)")
@@ -131,6 +133,8 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
             )
     if args.strength is None:
         args.strength = 0.4
+    if args.guidance is None and options.shipped(args.model):
+        args.guidance = options.EMOJI_GUIDANCE
     args.direct = args.direct or args.random
     args.prompt = "noise" if args.prompt is None else args.prompt
     return args
@@ -160,9 +164,7 @@ def load(args: argparse.Namespace, device: torch.device) -> Any:
         pipe = load_pipeline(args.model, device, dtype, f"take --random or --model {EMOJI}")
     if not (hasattr(pipe, "unet") and hasattr(pipe, "vae")):
         raise UserError(f"{args.model} is a {type(pipe).__name__}, which has no UNet or no autoencoder")
-    # At once, the autoencoder alone would need tens of gigabytes for a picture of this size.
-    pipe.vae.enable_tiling()
-    pipe.vae.enable_slicing()
+    spare_memory(pipe, args.size)
     return pipe
 
 
@@ -254,11 +256,13 @@ def table(stages: list[Stage], memory: str) -> str:
     return aligned(lines)
 
 
-def patch(args: argparse.Namespace, pipe: Any) -> None:
+def patch(
+    args: argparse.Namespace, pipe: Any, merged: bool = True, shrink: tomesd.DeepShrink | None = None
+) -> None:
     finest = min(row.downsample for row in tomesd.explain(pipe).rows)
     if not (args.max_downsample or args.recipe):
         args.max_downsample = min(8, 2 * finest)
-    options.patch_as_asked(pipe, args)
+    options.patch_as_asked(pipe, args, shrink, plain=not merged)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -273,9 +277,10 @@ def run(args: argparse.Namespace) -> int:
         say(str(tomesd.explain(pipe, args.size[1], args.size[0])).split("\n")[-1])
         tomesd.remove_patch(pipe)
     artist = Artist(args, device)
-    stages = []
+    stages, shrink = [], None
     if args.direct:
         last, what = pipe, {"width": args.size[0], "height": args.size[1]}
+        shrink = None if args.random else options.shrink_for(pipe, args)
     else:
         try:
             last = need("diffusers").AutoPipelineForImage2Image.from_pipe(pipe)
@@ -291,8 +296,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compare and device.type == "cuda":  # or the first of the two would pay for what is made once
         artist.draw(last, "", "warm-up", **what, num_inference_steps=math.ceil(1 / args.strength))
     for merged in (False, True) if args.compare and merging else (merging,):
-        if merged:
-            patch(args, last)
+        patch(args, last, merged, shrink)
         label = options.label(args) if merged else "plain"
         stages.append(artist.draw(last, "merged" if merged else "plain", label, **what))
         save(args, stages[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import math
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 
 import tomesd
 
+from ..hosts.unets import find_networks
 from ..methods.choice import DOWNSAMPLES
 from .common import UserError, check_multiple, positive, say, seed, size
 from .pipelines import EMOJI_MODEL
@@ -22,7 +24,9 @@ METHODS: dict[str, type[Any]] = {
     "merge-stage": tomesd.MergeStage,
 }
 # Of the shipped model; others have their own.
-EMOJI_STEPS, EMOJI_GUIDANCE = 20, 3.0
+EMOJI_STEPS, EMOJI_GUIDANCE, EMOJI_SHRUNK = 20, 3.0, 0.6
+# From so many times the sides of a model's own pictures on, it would draw things twice.
+LARGE = 1.75
 
 
 def add_method(
@@ -85,23 +89,49 @@ def label(args: argparse.Namespace) -> str:
     return f"merged by {args.recipe.name}" if args.recipe else f"merged {args.ratio:.0%}"
 
 
-def patch_as_asked(pipe: Any, args: argparse.Namespace) -> None:
-    """Patches a pipeline with what was asked for, or leaves it plain."""
-    method = method_asked(args)
-    if method is None:
-        tomesd.remove_patch(pipe)
+def patch_as_asked(
+    pipe: Any, args: argparse.Namespace, shrink: tomesd.DeepShrink | None = None, plain: bool = False
+) -> None:
+    """Patches a pipeline with what was asked for, or leaves it plain, but for the shrinking."""
+    method = None if plain else method_asked(args)
+    if method is not None:
+        patch(pipe, method, args.max_downsample, args.auto, shrink)
+    elif shrink is not None:
+        patch(pipe, tomesd.Merge(0), None, shrink=shrink)
     else:
-        patch(pipe, method, args.max_downsample, args.auto)
+        tomesd.remove_patch(pipe)
 
 
 def patch(
-    pipe: Any, method: tomesd.Method | tomesd.Recipe, max_downsample: int | None, auto: bool = False
+    pipe: Any,
+    method: tomesd.Method | tomesd.Recipe,
+    max_downsample: int | None,
+    auto: bool = False,
+    shrink: tomesd.DeepShrink | None = None,
 ) -> None:
     """Patches a pipeline; a UserError says why that cannot be."""
     try:
-        tomesd.apply_patch(pipe, method, max_downsample, auto=auto)
+        tomesd.apply_patch(pipe, method, max_downsample, auto=auto, shrink=shrink)
     except (TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from None
+
+
+def shrink_for(pipe: Any, args: argparse.Namespace) -> tomesd.DeepShrink | None:
+    """What makes one thing of a picture far above the model's own size; None for other pictures."""
+    try:
+        if not args.size or not all(network.family.down for network in find_networks(pipe)):
+            return None
+    except ValueError:  # nothing that could be patched
+        return None
+    own = tomesd.explain(pipe)
+    times = math.sqrt(args.size[0] * args.size[1] / (own.width * own.height))
+    if times < LARGE:
+        return None
+    shrink = tomesd.DeepShrink(round(times, 2))
+    if shipped(args.model):
+        shrink = dataclasses.replace(shrink, until=EMOJI_SHRUNK)
+    say(f"note: {times:.1f} times the model's own size, so with {shrink}")
+    return shrink
 
 
 def add_picture(p: argparse.ArgumentParser) -> None:

@@ -20,6 +20,8 @@ from .common import UserError, check_multiple, first_line, need, say
 # The model that comes with the package, and what it is called on command lines.
 EMOJI_MODEL = Path(tomesd.__file__).resolve().parent / "emoji-model"
 EMOJI = "emoji"
+# Pixels above which autoencoders work in tiles, each with statistics of its own.
+TILED = 2**21
 SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -162,6 +164,22 @@ def prepare(pipe: Any) -> None:
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # it would blacken pictures
     pipe.set_progress_bar_config(disable=True)
+
+
+def chunk_feed_forward(network: torch.nn.Module) -> None:
+    """Feed-forward layers of transformers take one picture, or one half of guidance, after the other."""
+    module: Any
+    for module in network.modules():
+        if hasattr(module, "set_chunk_feed_forward"):
+            module.set_chunk_feed_forward(1, dim=0)
+
+
+def spare_memory(pipe: Any, size: tuple[int, int]) -> None:
+    """Makes what would set the peak of memory work in pieces: with large pictures that costs no time."""
+    chunk_feed_forward(pipe.unet)
+    vae = getattr(pipe, "vae", None)
+    if vae is not None and math.prod(size) > TILED:
+        vae.enable_tiling()
 
 
 def check_pipeline_size(pipe: Any, size: tuple[int, int] | None) -> None:

@@ -34,27 +34,34 @@ class ImageFamily(Family):
         return 1 if self.patch_size is None else int(getattr(network.config, self.patch_size))
 
     def sites(self, network: nn.Module) -> Iterator[Site]:
+        for path, child, level in self.children(network):
+            runners = [(path, child, network)]
+            if self.containers:
+                named = child.named_modules(prefix=path)
+                runners = [(n, m, m) for n, m in named if is_named(m, self.containers)]
+            for name, within, container in runners:
+                for place, module in within.named_modules(prefix=name):
+                    block = self.block(module)
+                    if block is not None and not set(self.others) & set(place.split(".")):
+                        self._look_for(self.timestep, network, 1)
+                        self._look_for(self.carrier, container)
+                        self._look_for(self.carrier, module)
+                        yield Site(place, module, block, container, level)
+
+    def children(self, network: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+        """What a network runs, in order: path, module, and the level of the image that it is given."""
         level = 0
         for stage in self.stages:
             part = getattr(network, stage, None)
-            children = [(stage, part)]
+            named = [(stage, part)]
             if isinstance(part, nn.ModuleList) and self.containers:
-                children = [(f"{stage}.{name}", child) for name, child in part.named_children()]
-            for path, child in children:
+                named = [(f"{stage}.{name}", child) for name, child in part.named_children()]
+            for path, child in named:
                 if child is None:
                     continue
-                modules = list(child.named_modules(prefix=path))
-                runners = [(n, m, m) for n, m in modules if is_named(m, self.containers)]
-                for name, within, container in runners if self.containers else [(path, child, network)]:
-                    for place, module in within.named_modules(prefix=name):
-                        block = self.block(module)
-                        if block is not None and not set(self.others) & set(place.split(".")):
-                            self._look_for(self.timestep, network, 1)
-                            self._look_for(self.carrier, container)
-                            self._look_for(self.carrier, module)
-                            yield Site(place, module, block, container, level)
-                level += any(is_named(module, self.down) for _, module in modules)
-                level -= any(is_named(module, self.up) for _, module in modules)
+                yield path, child, level
+                level += any(is_named(module, self.down) for module in child.modules())
+                level -= any(is_named(module, self.up) for module in child.modules())
 
     def _look_for(self, parameter: str | None, module: nn.Module, position: int | None = None) -> None:
         try:
