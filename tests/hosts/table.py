@@ -36,7 +36,7 @@ class Row:
         cells: one for each method, or one for all.
         says: what the error of a `NO` says, or the warning of a `WARNED`.
         same: whether it leaves the numbers as they are, but for rounding.
-        bare: whether methods do without sizes of keys and without probes there.
+        bare: the options that methods do without there: `"prop_attn"`, `"probes"`.
         pixart: whether it is tried on PixArt, as it does not fit UNets.
         tests: tests elsewhere that try it, as `file::test`.
         note: what else the table says.
@@ -47,7 +47,7 @@ class Row:
     cells: tuple[str, ...] = (YES,)
     says: str = ""
     same: bool = False
-    bare: bool = False
+    bare: tuple[str, ...] = ()
     pixart: bool = False
     tests: tuple[str, ...] = ()
     note: str = ""
@@ -87,6 +87,7 @@ ROWS = (
         on.tgate,
         (NO, YES, YES, NO),
         "T-GATE|cached|another step",
+        bare=("probes",),
         note="it keeps attention's output, which is of merged tokens; its probes are of another sample",
     ),
     Row("guidance off from a step on", tests=("hosts/test_composition.py::test_guidance_may_end_early",)),
@@ -95,6 +96,7 @@ ROWS = (
         on.broadcast(spatial_attention_block_skip_range=2),
         (NO, YES, YES, NO),
         "cached by diffusers' pyramid_attention_broadcast",
+        bare=("probes",),
         note="by `apply_pyramid_attention_broadcast`: UNets have no `enable_cache`",
     ),
     Row(
@@ -108,6 +110,7 @@ ROWS = (
         on.taylor(r".*attn1"),
         (NO, YES, YES, NO),
         "cached by diffusers' taylorseer_cache",
+        bare=("probes",),
         note="by `cache_identifiers`; what it finds by itself are no UNets",
     ),
     Row(
@@ -146,6 +149,7 @@ ROWS = (
         (NO, YES, YES, NO),
         "cached by diffusers' faster_cache_block",
         pixart=True,
+        bare=("probes",),
         note="fails on UNets by itself; steps that it runs on one half of guidance are left plain",
     ),
     Row(
@@ -172,7 +176,7 @@ ROWS = (
         (YES, YES, NO, YES),
         "processor Unknown, of which it is not known",
         same=True,
-        bare=True,
+        bare=("prop_attn", "probes"),
         note="without sizes and probes, as nobody knows what it does with them; `Merge` and `MergeStage` "
         "warn, as it may need all tokens or their places",
         tests=(CALLERS + "test_cross_frame_attention_stays_that",),
@@ -188,7 +192,7 @@ ROWS = (
         "xformers",
         lambda net: net.set_attn_processor(XFormersAttnProcessor()),
         same=True,
-        bare=True,
+        bare=("prop_attn",),
         note="real processor, stand-in for its kernel; `MergeKeys` alone gives it a bias",
         tests=(PIPES + "test_xformers_processor",),
     ),
@@ -244,6 +248,7 @@ ROWS = (
         on.tiled,
         (WARNED, UNUSED, UNUSED, WARNED),
         "attn1 has a forward that somebody has put on it",
+        bare=("probes",),
         note="it needs all tokens of an image. With fewer keys attention is of the whole image again, and "
         "HyperTile does nothing",
     ),

@@ -87,6 +87,8 @@ def test_how_the_tokens_are_handed_over_makes_no_difference(method):
 @pytest.mark.parametrize("part", ["network", "container", "block", "attention"])
 def test_a_forward_may_be_replaced_by_one_that_names_nothing(part, method, monkeypatch):
     """AUTOMATIC1111 does so at the class; others at the module."""
+    if part == "attention" and method == SampleKeys():  # it may need all queries: there are no probes
+        method = SampleKeys(probes=0)
     net = network()
     plain = call(net)
     tomesd.apply_patch(net, method)

@@ -56,16 +56,15 @@ def reference(row: Row) -> list[torch.Tensor]:
     return on.steps(made, row.pixart)
 
 
-def without_extras(method: tomesd.Method) -> tomesd.Method:
-    """A method without sizes of keys and probes."""
-    off = {"prop_attn": False, "probes": 0}
-    given = method.to_dict()
-    return type(method).from_dict({**given, **{name: off[name] for name in given if name in off}})
+def without(method: tomesd.Method, bare: tuple[str, ...]) -> tomesd.Method:
+    """A method without sizes of keys or without probes."""
+    off, given = {"prop_attn": False, "probes": 0}, method.to_dict()
+    return type(method).from_dict({**given, **{name: off[name] for name in bare if name in given}})
 
 
 def check(row: Row, method: tomesd.Method) -> None:
     plain = alone(None, row.pixart)
-    method_alone = alone(without_extras(method) if row.bare else method, row.pixart)
+    method_alone = alone(without(method, row.bare), row.pixart)
     wanted = reference(row)
     assert row.same == (max(errors(wanted, plain)) < 1e-3)
     made, both = run(row, method, before=True)

@@ -1,6 +1,7 @@
 """Partitions and matching against brute force."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from tomesd.commands import memory
 from tomesd.maths import matching
-from tomesd.maths.grid import Grid, Partition, alternate, cell_offsets, every_kth, random_src
+from tomesd.maths.grid import Grid, Partition, alternate, cell_offsets, every_kth, random_src, shift_of
 from tomesd.maths.matching import Windows, match_exact, match_windowed
 
 SIZES = st.integers(1, 23)
@@ -254,3 +255,15 @@ def test_planning_4k_takes_less_than_two_times_the_tokens():
     if taken is None:
         pytest.skip("this system does not tell what memory a call takes")
     assert 0.1 < taken * 2**20 / metric.nbytes < 2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler")
+def test_dst_of_a_number_are_compiled_by_inductor():
+    """Where all is known at compile time, it reckons with bounds of what it indexes by."""
+
+    def pick(x):
+        return x.index_select(0, Grid(8, 8).draws(0).dst(shift_of(500.0))[0])
+
+    x = torch.randn(64)
+    assert torch.equal(torch.compile(pick, fullgraph=True)(x), pick(x))
+    torch.compiler.reset()

@@ -26,11 +26,15 @@ def test_sampling_saves_what_explain_says():
         return counter.get_total_flops()
 
     plain = count()
-    tomesd.apply_patch(unet, tomesd.SampleKeys(0.5, probes=0))
-    table = tomesd.explain(unet, 128)
-    saved = sum(row.flops * row.saved for row in table.rows)
-    assert [row.after for row in table.rows if row.left_alone is None] == [64, 64, 64]
-    assert plain - count() == pytest.approx(saved, rel=1e-6)  # and nothing is matched
+    for probes in (0, 8):
+        tomesd.apply_patch(unet, tomesd.SampleKeys(0.5, probes=probes))
+        table = tomesd.explain(unet, 128)
+        saved = sum(row.flops * row.saved for row in table.rows)
+        after = [row.after for row in table.rows if row.left_alone is None]
+        assert after == [64, 64, 64]
+        # Nothing is matched; and what is learned from probes is no layer.
+        learning = 3 * 4 * 256 * probes * unet.config.block_out_channels[0]
+        assert plain - count() == pytest.approx(saved - learning, rel=1e-6)
 
 
 def test_auto_leaves_alone_what_would_be_slower_and_explain_says_so(monkeypatch):

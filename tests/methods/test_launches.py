@@ -68,7 +68,7 @@ def added():
         (Merge(), 280),
         (Merge(0.75), 240),
         (SampleKeys(probes=0), 10),
-        (SampleKeys(), 215),  # 8 of these a block are of attention, which this device takes apart
+        (SampleKeys(), 220),  # 8 of these a block are of attention, which this device takes apart
         (MergeKeys(), 400),
         (MergeStage(), 180),
     ],

@@ -98,6 +98,8 @@ class Grid:
 
     def _apart(self, offset: Tensor) -> Tensor:
         """How far from the top left token of a cell its token of this `offset` is."""
+        # Inductor does not see how small a remainder is, and fails on its own bounds of what follows.
+        offset = offset.clamp(0, self.sy * self.sx - 1)
         return offset // self.sx * self.w + offset % self.sx
 
     def draws(self, seed: int | None, device: torch.device | None = None) -> Draws:

@@ -23,7 +23,14 @@ from .token_map import _take, in_full_precision
 
 # .003 to .03 are alike; the highest of these leaves most room for what rounding does to the kernel.
 RIDGE = 0.03
+# Tokens for each probe at least, so that probes cost little beside what they look at.
+SHARE = 16
 TINY = 1e-30
+
+
+def how_many(most: int, tokens: int) -> int:
+    """Number of probes of an image of so many tokens."""
+    return min(most, tokens // SHARE)
 
 
 def add_missed(y: Tensor, x: Tensor, probes: Tensor, exact: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..hosts.family import Site, submodule
 from ..hosts.image import Image
+from ..maths.probes import how_many
 from ..maths.token_map import TokenMap
 
 # CLIP's context length, which cross-attention is taken to have.
@@ -42,9 +43,14 @@ class Work:
     linears: tuple[tuple[Rows, int, int], ...] = ()  # rows, channels in, channels out
     attentions: tuple[tuple[Rows, Rows, int, int], ...] = ()  # queries, keys, heads, channels of a head
     merges: int = 0  # how often tokens are merged and given back
+    probes: int = 0  # the most tokens that run the same again, with all keys
 
     def flops(self, tokens: int, left: int) -> float:
         """Floating point operations for an image of so many tokens, of which so many are left."""
+        probes = how_many(self.probes, tokens) if left < tokens else 0
+        return self._flops(tokens, left) + (self._flops(probes, tokens) if probes else 0)
+
+    def _flops(self, tokens: int, left: int) -> float:
         total = sum(2.0 * count(rows, tokens, left) * a * b for rows, a, b in self.linears)
         for queries, keys, heads, channels in self.attentions:
             total += 4 * count(queries, tokens, left) * count(keys, tokens, left) * heads * channels
@@ -177,7 +183,7 @@ def _ways(
     x = fill(batch, n, work.linears[0][1])
     weights = {(a, b): fill(b, a) for _, a, b in work.linears}
 
-    def layers(left: int) -> Callable[[], None]:
+    def layers(n: int, left: int) -> Callable[[], None]:
         inputs = {(kind, a): fill(batch, count(kind, n, left), a) for kind, a, _ in work.linears}
         heads = {
             (kind, h, c): fill(batch, h, count(kind, n, left), c)
@@ -194,7 +200,8 @@ def _ways(
 
         return run
 
-    run_all, run_left = layers(n), layers(method.left(h, w))
+    run_all, run_left = layers(n, n), layers(n, method.left(h, w))
+    run_probes = layers(probes, n) if (probes := how_many(work.probes, n)) else None
     image = Image(h, w, device=device)  # what blocks share is made once for all of them
 
     def merged() -> None:
@@ -204,6 +211,8 @@ def _ways(
         if not work.merges:
             token_map.merge(x, "drop")
         run_left()
+        if run_probes is not None:
+            run_probes()
 
     return run_all, merged
 

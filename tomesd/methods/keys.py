@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -12,14 +13,12 @@ from ..hosts.family import Site
 from ..hosts.hooks import Args, Kwargs, Patch
 from ..hosts.image import BlockHooks, Image
 from ..maths.probes import add_missed
+from ..maths.probes import how_many as probes_in
 from ..maths.sampling import Samples, how_many, sample_size, sample_tokens
 from ..maths.token_map import TokenMap, _take
 from .attention import SKIPS, PartHooks, is_under
 from .cost import Work, work_of
 from .method import Method
-
-# Tokens for each probe: so that probes cost little beside what they look at.
-LEAST = 16
 
 
 def sample(image: Image, left: int, seed: int | None, salt: int = 0, in_turns: bool = True) -> TokenMap:
@@ -76,12 +75,12 @@ class KeysMethod(Method, known=False):
 
     def probes_of(self, image: Image) -> Tensor | None:
         """Positions `[1 or B, P]` of the tokens that attend to all keys, other ones in each step; or None."""
-        probes = min(self.probes, image.h * image.w // LEAST)
+        probes = probes_in(self.probes, image.h * image.w)
         # Not by the seed of the keys: a sample of probes that are all keys would flatter it.
-        return sample(image, probes, self.seed, -1).keep if probes else None
+        return sample(image, probes, self.seed, -1, in_turns=False).keep if probes else None
 
     def work(self, sites: Sequence[Site]) -> Work:
-        return work_of(sites, ("attn",), queries="all", merges=0)
+        return replace(work_of(sites, ("attn",), queries="all", merges=0), probes=self.probes)
 
 
 class FewerKeys(PartHooks):
