@@ -107,12 +107,12 @@ def merge(case: Case, ratio: float, unmerge: Any = None, weigh: bool = True) -> 
     return token_map.unmerge(y) if unmerge is None else unmerge(token_map, case.x, merged, y)
 
 
-def sample(case: Case, ratio: float, probes: int = 128) -> Tensor:
+def sample(case: Case, ratio: float, probes: int = 64) -> Tensor:
     method = SampleKeys(ratio, probes=probes)
     return case.whole(case.attend(case.x, case.plan(method).merge(case.x, "drop")), method)
 
 
-def merge_keys(case: Case, ratio: float, probes: int = 128) -> Tensor:
+def merge_keys(case: Case, ratio: float, probes: int = 64) -> Tensor:
     method = MergeKeys(ratio, probes=probes)
     token_map = case.plan(method)
     return case.whole(case.attend(case.x, token_map.merge(case.x), token_map.sizes), method)

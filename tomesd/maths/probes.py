@@ -51,22 +51,24 @@ def add_missed(y: Tensor, x: Tensor, probes: Tensor, exact: Tensor) -> Tensor:
     if not has_cholesky(y.device):
         return y
     with in_full_precision(y):
-        kernel = closeness(x, _take(x, probes))
-        among = _take(kernel, probes)
+        precise = torch.promote_types(y.dtype, torch.float32)
+        given = _take(x, probes).to(precise)
+        spread, centre = torch.var_mean(given, dim=1, correction=0, keepdim=True)
+        size = spread.sum(2, keepdim=True).clamp_min(TINY)
+        # Distances do not depend on the centre, but their rounding does.
+        given = given - centre
+        kernel = closeness(x.to(y.dtype) - centre.to(y.dtype), given, size)
+        # In half precision rounding could make that of probes one of no factors.
+        among = _take(kernel, probes) if y.dtype == precise else closeness(given, given, size)
         among.diagonal(dim1=1, dim2=2).add_(RIDGE)
-        missed = (exact - _take(y, probes)).to(kernel.dtype)
         # cholesky_ex does not wait for the device to say whether it failed.
-        found = torch.cholesky_solve(missed, torch.linalg.cholesky_ex(among).L)
-        return torch.baddbmm(y, kernel.to(y.dtype), found.to(y.dtype))
+        root = torch.linalg.cholesky_ex(among).L
+        found = torch.cholesky_solve(exact.to(precise) - _take(y, probes), root)
+        return torch.baddbmm(y, kernel, found.to(y.dtype))
 
 
-def closeness(x: Tensor, given: Tensor) -> Tensor:
-    """The kernel of tokens `x` `[B, N, C]` and `given` ones `[B, P, C]`: `[B, N, P]`, float32 at least."""
-    given = given.to(torch.promote_types(x.dtype, torch.float32))
-    spread, centre = torch.var_mean(given, dim=1, correction=0, keepdim=True)
-    size = spread.sum(2, keepdim=True).clamp_min(TINY)
-    # Distances do not depend on the centre, but their rounding does.
-    x, given = x - centre, given - centre
-    lengths = (torch.linalg.vector_norm(z, dim=2, keepdim=True).square() for z in (x, given))
-    of_x, of_given = (length.div_(-2 * size) for length in lengths)
-    return torch.baddbmm(of_x, x, (given / size).mT).add_(of_given.mT).exp_()
+def closeness(x: Tensor, given: Tensor, size: Tensor) -> Tensor:
+    """`exp(-|a - b|^2 / 2 size)` of tokens `x` `[B, N, C]` and `given` ones `[B, P, C]`: `[B, N, P]`."""
+    lengths = (torch.linalg.vector_norm(z, dim=2, keepdim=True, dtype=given.dtype) for z in (x, given))
+    of_x, of_given = ((length.square() / (-2 * size)).to(x.dtype) for length in lengths)
+    return torch.baddbmm(of_x, x, (given / size).to(x.dtype).mT).add_(of_given.mT).exp_()

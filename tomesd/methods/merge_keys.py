@@ -45,7 +45,7 @@ class MergeKeys(KeysMethod):
 
     ratio: float = 0.5
     seed: int | None = 0
-    probes: int = 128
+    probes: int = 64
 
     def __post_init__(self) -> None:
         self._set(

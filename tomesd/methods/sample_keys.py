@@ -44,7 +44,7 @@ class SampleKeys(KeysMethod):
 
     ratio: float = 0.5
     seed: int | None = 0
-    probes: int = 128
+    probes: int = 64
     replacement: bool = False
 
     def __post_init__(self) -> None:
