@@ -218,7 +218,16 @@ def test_merged_keys_count_as_often_as_they_merged(plain):
         spy(attend, *args) if patches.bias.get() else patches.attend(attend, *args)
     )
     assert torch.equal(clone(b=1), out)
-    assert repeats == [64] * 6  # three transformers of two blocks at the finest level
+    # Three transformers of two blocks at the finest level, and again for their probes.
+    assert repeats == [64] * 12
+
+
+def test_what_other_nodes_make_of_attention_stays(plain):
+    other = plain.clone()
+    other.set_model_attn1_output_patch(lambda n, options: n + 3)
+    want = other()
+    missed = (patch(other, SampleKeys(0.5))() - want).norm()
+    assert missed < 0.1 * (want - plain()).norm()
 
 
 def test_clones_share_nothing_and_two_samplers_may_take_turns(plain):

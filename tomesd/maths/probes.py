@@ -33,7 +33,7 @@ def how_many(most: int, tokens: int) -> int:
     return min(most, tokens // SHARE)
 
 
-def add_missed(y: Tensor, x: Tensor, probes: Tensor, exact: Tensor) -> Tensor:
+def add_missed(y: Tensor, x: Tensor, probes: Tensor, missed: Tensor) -> Tensor:
     """Adds to the output of an attention to fewer keys what these missed.
 
     The fit is of each sample by itself and in float32, shapes are static, nothing waits for the device, and
@@ -43,7 +43,7 @@ def add_missed(y: Tensor, x: Tensor, probes: Tensor, exact: Tensor) -> Tensor:
         y: what attention to fewer keys gave, `[B, N, E]`.
         x: the tokens whose queries it had, `[B, N, C]`.
         probes: positions of P of them, int64 `[1 or B, P]`.
-        exact: what attention to all keys gives them, `[B, P, E]`.
+        missed: what attention to all keys gives them, less what that to fewer keys does, `[B, P, E]`.
 
     Returns:
         `[B, N, E]` in the dtype of `y`.
@@ -63,7 +63,7 @@ def add_missed(y: Tensor, x: Tensor, probes: Tensor, exact: Tensor) -> Tensor:
         among.diagonal(dim1=1, dim2=2).add_(RIDGE)
         # cholesky_ex does not wait for the device to say whether it failed.
         root = torch.linalg.cholesky_ex(among).L
-        found = torch.cholesky_solve(exact.to(precise) - _take(y, probes), root)
+        found = torch.cholesky_solve(missed.to(precise), root)
         return torch.baddbmm(y, kernel, found.to(y.dtype))
 
 

@@ -160,4 +160,4 @@ class FewerKeys(PartHooks):
         args, kwargs = self.keys.put(*self.tokens.put(args, kwargs, _take(x, probes)), x)
         # Past its hooks: to whoever counts or watches calls this is part of the one that has just been.
         exact = attn.forward(*args, **kwargs)
-        return add_missed(output, x, probes, exact)
+        return add_missed(output, x, probes, exact - _take(output, probes))

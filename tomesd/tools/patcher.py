@@ -102,7 +102,8 @@ class Kept:
     map: TokenMap
     x: Tensor  # the tokens [B, N, C]
     fewer: Tensor  # these merged or sampled [B, M, C]
-    probes: Tensor | None  # where keys and values are made of the tokens alone
+    bias: Tensor | None = None  # of the keys that are left
+    probes: Tensor | None = None  # where keys and values are made of the tokens alone
 
 
 class Patches:
@@ -153,8 +154,9 @@ class Patches:
         plain = k is n and v is n
         mode = "drop" if isinstance(method, SampleKeys) else "mean"
         fewer = token_map.merge(n, mode)
-        probes = method.probes_of(image) if plain and isinstance(method, KeysMethod) else None
-        options[self.key] = Kept(method, site, token_map, n, fewer, probes)
+        options[self.key] = kept = Kept(method, site, token_map, n, fewer)
+        if plain and isinstance(method, KeysMethod):
+            kept.probes = method.probes_of(image)
         if plain:
             k = v = fewer
         else:
@@ -162,7 +164,8 @@ class Patches:
         if self.weighs and (
             isinstance(method, MergeKeys) or getattr(method, "prop_attn", False) is not False
         ):
-            self.bias.get()[:] = [key_bias(token_map.sizes, n.dtype)]
+            kept.bias = key_bias(token_map.sizes, n.dtype)
+            self.bias.get()[:] = [kept.bias]
         return (fewer if isinstance(method, Merge) else n), k, v
 
     def leave(self, out: Tensor, options: dict[str, Any]) -> Tensor:
@@ -179,10 +182,20 @@ class Patches:
             return token_map.unmerge(out)
         if out.shape[:2] != (b, n) or isinstance(method, Merge) or kept.probes is None:
             return out  # of queries that another node has merged or tiled, perhaps
-        part = kept.site.block.attn
+        # Not what came out is compared: other nodes may have changed that on its way.
+        missed = self.ask(kept, kept.probes, kept.x) - self.ask(kept, kept.probes, kept.fewer, options)
+        return add_missed(out, kept.x, kept.probes, missed)
+
+    def ask(self, kept: Kept, probes: Tensor, keys: Tensor, options: dict[str, Any] | None = None) -> Tensor:
+        """What a block's attention makes of some of its tokens, with these keys."""
+        part, given = kept.site.block.attn, {}
+        if options is not None and kept.bias is not None:
+            self.bias.get()[:] = [kept.bias]
+            given = {"transformer_options": options}
         attn = kept.site.module.get_submodule(part.path)
-        exact = attn.forward(_take(kept.x, kept.probes), **{str(part.keys): kept.x})
-        return add_missed(out, kept.x, kept.probes, exact)
+        out: Tensor = attn.forward(_take(kept.x, probes), **{str(part.keys): keys}, **given)
+        self.bias.get().clear()
+        return out
 
     def attend(
         self, attention: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
