@@ -65,7 +65,7 @@ setup(
             "basedpyright",  # pyright as a package of PyPI alone
             # for scripts/
             *("fonttools", "onnx"),
-            *("onnxruntime", "open_clip_torch"),
+            *("onnxruntime", "onnxscript", "open_clip_torch"),
             # what CompVis' ldm imports; the tests run against it
             "einops",
             "omegaconf",

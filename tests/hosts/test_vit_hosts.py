@@ -606,7 +606,6 @@ def test_scripting_is_refused_and_tracing_works_for_any_batch():
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_exporter_writes_what_onnxruntime_runs(tmp_path):
-    pytest.importorskip("onnxscript")
     ort = pytest.importorskip("onnxruntime")
     model, batch = patched(r=[7, 0, 9, 40]), torch.export.Dim("batch", min=2, max=64)
     torch.onnx.export(model, (X,), dynamo=True, dynamic_shapes=({0: batch},)).save(tmp_path / "vit.onnx")
