@@ -138,11 +138,14 @@ class PartHooks:
         processor = getattr(attn, "processor", None)
         return processor is None or type(processor).__name__ in self.part.processors
 
+    def is_known(self, attn: nn.Module) -> bool:
+        """Whether an attention does nothing but attend, with or without a bias of its keys."""
+        return self.is_plain(attn) or type(attn.processor).__name__ in self.part.biased
+
     def only_attends(self, attn: nn.Module) -> bool:
-        """Whether an attention is known to attend for each query alone, with or without a bias of keys."""
-        known = self.is_plain(attn) or type(attn.processor).__name__ in self.part.biased
+        """Whether nothing on it is in the way of asking it for some of the queries."""
         blurs = is_under(submodule(attn, self.part.layers[0]), BLURS)
-        return known and not blurs and not has_other_forward(attn)
+        return self.is_known(attn) and not blurs and not has_other_forward(attn)
 
     def weighs(self, attn: nn.Module) -> bool:
         """Whether its keys are to count as often as tokens have merged into them.

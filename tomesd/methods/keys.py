@@ -131,8 +131,7 @@ class FewerKeys(PartHooks):
         self.check(attn)
         if is_under(attn, SKIPS):
             return args, kwargs  # it attends to nothing, where it has as many values as queries
-        known = self.is_plain(attn) or type(attn.processor).__name__ in self.part.biased
-        unknown = None if known else self.enter_unknown(attn, token_map, args, kwargs)
+        unknown = None if self.is_known(attn) else self.enter_unknown(attn, token_map, args, kwargs)
         if unknown is not None:
             return unknown
         keys = self.keys.get(args, kwargs)
@@ -145,19 +144,18 @@ class FewerKeys(PartHooks):
         alone = alone and self.mask(args, kwargs, token_map) is None
         # What a cache gives back is of another sample.
         if alone and own.call is not None and self.only_attends(attn) and not self.is_cached(attn):
-            own.given = args, kwargs, x, self.probes_of(own.call.image)
+            probes = self.probes_of(own.call.image)
+            if probes is not None:
+                own.given = x, probes, *self.keys.put(*self.tokens.put(args, kwargs, _take(x, probes)), x)
         args, kwargs = self.bias_keys(attn, token_map, args, kwargs)
         return self.put_keys(args, kwargs, keys, few, lambda values: self.keys_of(values, token_map))
 
     def leave(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         own = self.block.own.get()
         given, own.given = own.given, None
-        if given is None or self.keys is None:
+        if given is None:
             return output
-        args, kwargs, x, probes = given
-        if probes is None:
-            return output
-        args, kwargs = self.keys.put(*self.tokens.put(args, kwargs, _take(x, probes)), x)
+        x, probes, args, kwargs = given
         # Past its hooks: to whoever counts or watches calls this is part of the one that has just been.
         exact = attn.forward(*args, **kwargs)
         return add_missed(output, x, probes, exact - _take(output, probes))
