@@ -237,6 +237,9 @@ def test_attention_comes_back_as_of_groups_that_share_evenly(drawn):
     weights = torch.rand(b, 2, m, m, generator=generator).softmax(-1)
     got = token_map.unmerge_attention(weights)
     assert got.shape == (b, 2, n, n)
+    assert torch.equal(token_map.unmerge_attention(weights[:, 0]), got[:, 0])
+    with pytest.raises(ValueError, match=rf"weights must be \[B, heads, {m}, {m}\] or"):
+        token_map.unmerge_attention(weights[..., :-1])
     for sample in range(b):
         group, sizes = token_map.index[sample].tolist(), token_map.sizes[sample].tolist()
         for i in range(n):

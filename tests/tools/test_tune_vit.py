@@ -127,6 +127,7 @@ def test_a_function_may_say_what_is_to_stay_near():
         ({"model": CASE.build().train()}, ValueError, r"call model\.eval\(\) first"),
         ({"model": torch.nn.ModuleList([CASE.build(), CASE.build()])}, ValueError, "pass one of them: 0, 1"),
         ({"model": torch.nn.Linear(3, 3)}, ValueError, "Linear holds no vision transformer"),
+        ({"images": tiny_vit.images(1) * torch.nan}, ValueError, "nothing can be judged"),
     ],
 )
 def test_mistakes_are_named_and_leave_no_patch(change, error, says):

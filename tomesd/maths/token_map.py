@@ -217,11 +217,21 @@ class TokenMap:
         return y.flatten(0, 1).index_select(0, self.rows).view(*self.index.shape, *y.shape[2:])
 
     def unmerge_attention(self, weights: Tensor) -> Tensor:
-        """Attention weights among all tokens: `[B, heads, M, M]` -> `[B, heads, N, N]`.
+        """Attention weights among all tokens: `[B, heads, M, M]` -> `[B, heads, N, N]`, or without heads.
 
         Tokens attend as their group does, and those of a group share evenly what it is given: rows keep their
         sum.
+
+        Raises:
+            ValueError: the weights are of another shape.
         """
+        if weights.dim() not in (3, 4) or weights.shape[-2:] != (self.groups, self.groups):
+            raise ValueError(
+                f"weights must be [B, heads, {self.groups}, {self.groups}] or [B, {self.groups}, "
+                f"{self.groups}], got {list(weights.shape)}"
+            )
+        if weights.dim() == 3:
+            return self.unmerge_attention(weights[:, None])[:, 0]
         shares = self.unmerge(weights.transpose(1, 2)) / self.sizes[:, None, None]
         return self.unmerge(shares.permute(0, 3, 2, 1)).permute(0, 2, 3, 1)
 

@@ -133,6 +133,8 @@ def tune(
         judge = Judge(model, networks[0].module, images)
         operations = Operations.of(networks[0], patch, judge.run)
         best, start = search(judge, operations, limit, shown(range(trials)) if progress else range(trials))
+    if math.isinf(judge(best)):
+        raise ValueError("nothing can be judged: there are no pictures, or what comes out is not finite")
     figures = {
         "flops": operations.share(best),
         "error": math.sqrt(judge(best)),
@@ -238,7 +240,8 @@ class Operations:
 
         handle = network.sites[0].module.register_forward_hook(look)
         try:
-            run()
+            with torch.no_grad():
+                run()
         finally:
             handle.remove()
         if not shapes:
