@@ -89,6 +89,13 @@ def test_half_precision(dtype):
     assert (got.double() - whole).norm() < 0.01 * whole.norm()
 
 
+def test_probes_that_are_nearly_equal_overflow_nothing():
+    x, chosen = torch.zeros(1, N, C, dtype=torch.float16), positions()
+    x[0, chosen[0, 0], 0] = 1e-4
+    ones = torch.ones(1, N, E, dtype=torch.float16)
+    assert add_missed(ones, x, chosen, 2 * ones[:, :P]).isfinite().all()
+
+
 def test_a_sample_has_the_same_result_in_any_batch():
     x, chosen = tokens(), positions()
     y, exact = attend(x, x[:, ::4]), take(attend(x, x), chosen)

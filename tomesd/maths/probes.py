@@ -54,10 +54,12 @@ def add_missed(y: Tensor, x: Tensor, probes: Tensor, missed: Tensor) -> Tensor:
         precise = torch.promote_types(y.dtype, torch.float32)
         given = _take(x, probes).to(precise)
         spread, centre = torch.var_mean(given, dim=1, correction=0, keepdim=True)
-        size = spread.sum(2, keepdim=True).clamp_min(TINY)
-        # Distances do not depend on the centre, but their rounding does.
+        # In half precision what is divided by less would overflow.
+        size = spread.sum(2, keepdim=True).clamp_min(TINY if y.dtype == precise else 1e-6)
+        # Distances do not depend on the centre, but their rounding does; both sides have the same one.
+        centre = centre.to(y.dtype)
         given = given - centre
-        kernel = closeness(x.to(y.dtype) - centre.to(y.dtype), given, size)
+        kernel = closeness(x.to(y.dtype) - centre, given, size)
         # In half precision rounding could make that of probes one of no factors.
         among = _take(kernel, probes) if y.dtype == precise else closeness(given, given, size)
         among.diagonal(dim1=1, dim2=2).add_(RIDGE)
