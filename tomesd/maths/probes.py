@@ -28,7 +28,7 @@ SHARE = 16
 TINY = 1e-30
 
 
-def how_many(most: int, tokens: int) -> int:
+def number_of_probes(most: int, tokens: int) -> int:
     """Number of probes of an image of so many tokens."""
     return min(most, tokens // SHARE)
 

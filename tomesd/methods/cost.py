@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..hosts.family import Site, submodule
 from ..hosts.image import Image
-from ..maths.probes import how_many
+from ..maths.probes import number_of_probes
 from ..maths.token_map import TokenMap
 
 # CLIP's context length, which cross-attention is taken to have.
@@ -47,7 +47,7 @@ class Work:
 
     def flops(self, tokens: int, left: int) -> float:
         """Floating point operations for an image of so many tokens, of which so many are left."""
-        probes = how_many(self.probes, tokens) if left < tokens else 0
+        probes = number_of_probes(self.probes, tokens) if left < tokens else 0
         return self._flops(tokens, left) + (self._flops(probes, tokens) if probes else 0)
 
     def _flops(self, tokens: int, left: int) -> float:
@@ -201,7 +201,7 @@ def _ways(
         return run
 
     run_all, run_left = layers(n, n), layers(n, method.left(h, w))
-    run_probes = layers(probes, n) if (probes := how_many(work.probes, n)) else None
+    run_probes = layers(probes, n) if (probes := number_of_probes(work.probes, n)) else None
     image = Image(h, w, device=device)  # what blocks share is made once for all of them
 
     def merged() -> None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..hosts.family import Site
 from ..hosts.hooks import Args, Kwargs, Patch
 from ..hosts.image import BlockHooks, Image
-from ..maths.probes import add_missed
-from ..maths.probes import how_many as probes_in
+from ..maths.probes import add_missed, number_of_probes
 from ..maths.sampling import Samples, how_many, sample_size, sample_tokens
 from ..maths.token_map import TokenMap, _take
 from .attention import SKIPS, PartHooks, is_under
@@ -75,7 +74,7 @@ class KeysMethod(Method, known=False):
 
     def probes_of(self, image: Image) -> Tensor | None:
         """Positions `[1 or B, P]` of the tokens that attend to all keys, other ones in each step; or None."""
-        probes = probes_in(self.probes, image.h * image.w)
+        probes = number_of_probes(self.probes, image.h * image.w)
         # Not by the seed of the keys: a sample of probes that are all keys would flatter it.
         return sample(image, probes, self.seed, -1, in_turns=False).keep if probes else None
 
