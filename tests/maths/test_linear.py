@@ -67,7 +67,7 @@ def test_it_is_ridge_regression_by_plain_loops():
 def test_both_forms_of_the_solution_are_the_same(c):
     x, y = torch.randn(2, 60, c, dtype=torch.float64), torch.randn(2, 60, 7, dtype=torch.float64)
     gram, eye = x.mT @ x, torch.eye(c, dtype=torch.float64)
-    for found, share in zip(linear.ridge(torch.cat([x, y], 2).split(30, 1), c), linear.RIDGES, strict=True):
+    for found, share in zip(linear.ridge(torch.cat([x, y], 2), c), linear.RIDGES, strict=True):
         size = x.square().sum((1, 2)) / c
         want = torch.linalg.inv(gram + share * size[:, None, None] * eye) @ x.mT @ y
         torch.testing.assert_close(found, want)

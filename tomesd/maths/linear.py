@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -40,24 +38,27 @@ def unmerge_linear(token_map: TokenMap, x: Tensor, merged: Tensor, y: Tensor) ->
     Returns:
         `[B, N, D]` in the dtype of `y`.
     """
-    base = token_map.unmerge(y)
     if token_map.is_identity or token_map.groups < 3 or not has_cholesky(y.device):
-        return base
-    # In place, as each of these has the size of all tokens.
-    apart = token_map.unmerge(merged)
-    apart = torch.sub(x, apart, out=None if apart.requires_grad or x.requires_grad else apart).to(y.dtype)
+        return token_map.unmerge(y)
     with in_full_precision(x):
-        return base.baddbmm_(apart, fit(merged, y).to(y.dtype))
+        w = fit(merged, y).to(y.dtype)
+        # What is the same for a whole group is taken off before unmerging: nothing but the output has the size
+        # of all tokens.
+        constant = torch.baddbmm(y, merged.to(y.dtype), w, alpha=-1)
+        return token_map.unmerge(constant).baddbmm_(x.to(y.dtype), w)
 
 
 def fit(x: Tensor, y: Tensor) -> Tensor:
     """The linear map `[B, C, D]` that makes `y` `[B, M, D]` of `x` `[B, M, C]` but for a constant, or 0."""
     c, some = x.shape[2], slice(None, None, -(-x.shape[1] // SAMPLE))
-    sample = torch.cat([x[:, some], y[:, some]], dim=2)
-    sample = sample[:, : sample.shape[1] // 3 * 3].to(torch.promote_types(sample.dtype, torch.float32))
-    *fitted, judge = (sample - sample.mean(1, keepdim=True)).unflatten(1, (-1, 3)).unbind(2)
-    first, second = maps = ridge(fitted, c)
-    given, wanted = judge.tensor_split([c], dim=2)
+    n = x[:, some].shape[1] // 3
+    # Each third one to the end, so that what is fitted and what judges are contiguous.
+    thirds = [z[:, some][:, : 3 * n].unflatten(1, (n, 3)).transpose(1, 2) for z in (x, y)]
+    sample = torch.cat(thirds, dim=3)
+    sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
+    sample = sample - sample.mean((1, 2), keepdim=True)
+    first, second = maps = ridge(sample[:, :2].flatten(1, 2), c)
+    given, wanted = sample[:, 2].tensor_split([c], dim=2)
     missed = torch.linalg.vector_norm(wanted - given @ maps, dim=(2, 3))
     better = torch.where((missed[1] < missed[0])[:, None, None], second, first)
     # Not numbers are not less, so that a sample that has such falls back as well.
@@ -65,23 +66,19 @@ def fit(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(fits[:, None, None], better, 0)
 
 
-def ridge(parts: Sequence[Tensor], c: int) -> Tensor:
+def ridge(sample: Tensor, c: int) -> Tensor:
     """Ridge regression, without intercept, of the channels from `c` on, on those before.
 
     Args:
-        parts: of the samples, each `[B, n, C + D]`.
+        sample: `[B, n, C + D]`.
 
     Returns:
         One for each of the ridges, `[2, B, C, D]`.
     """
-    if c <= sum(part.shape[1] for part in parts):
-        gram = parts[0][..., :c].mT @ parts[0]
-        for part in parts[1:]:
-            gram = torch.baddbmm(gram, part[..., :c].mT, part)
-        gram, right = gram.tensor_split([c], dim=2)
-        return _solve(gram, right, c)
+    x, y = sample.tensor_split([c], dim=2)
+    if c <= sample.shape[1]:
+        return _solve(*(x.mT @ sample).tensor_split([c], dim=2), c)
     # Of the two forms of the same solution this one has the smaller matrix.
-    x, y = torch.cat(list(parts), dim=1).tensor_split([c], dim=2)
     return x.mT @ _solve(x @ x.mT, y, c)
 
 
