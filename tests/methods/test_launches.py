@@ -16,7 +16,7 @@ import tomesd
 from tomesd import Merge, MergeKeys, MergeStage, SampleKeys
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-FREE = ("detach", "promote_types", "_unsafe_view", "scalar_tensor")
+FREE = ("detach", "empty_like", "promote_types", "_unsafe_view", "scalar_tensor")
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal.default")
 
 

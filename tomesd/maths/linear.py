@@ -42,8 +42,7 @@ def unmerge_linear(token_map: TokenMap, x: Tensor, merged: Tensor, y: Tensor) ->
         return token_map.unmerge(y)
     with in_full_precision(x):
         w = fit(merged, y).to(y.dtype)
-        # What is the same for a whole group is taken off before unmerging: nothing but the output has the size
-        # of all tokens.
+        # Before unmerging, so that nothing but the output has the size of all tokens.
         constant = torch.baddbmm(y, merged.to(y.dtype), w, alpha=-1)
         return token_map.unmerge(constant).baddbmm_(x.to(y.dtype), w)
 

@@ -137,9 +137,10 @@ def match_windowed(
     # dst must rank below whatever may leave, or they could be among what leaves.
     score = score.nan_to_num_(-2, -2, -2).scatter_(1, dst.expand(b, -1), -torch.inf)
     keep = score.topk(n - r, dim=1, largest=False, sorted=False).indices
-    group = up_to(n - r, dst.device).expand(b, -1)
-    rank = keep.new_full((b, n), -1).scatter_(1, keep, group)
-    return TokenMap(torch.where(rank < 0, rank.gather(1, joined(receivers)), rank), keep)
+    stays_or_joins = joined(receivers).scatter_(1, keep, keep)
+    # Of tokens that leave it is never read.
+    rank = torch.empty_like(stays_or_joins).scatter_(1, keep, up_to(n - r, dst.device).expand(b, -1))
+    return TokenMap(rank.gather(1, stays_or_joins), keep)
 
 
 def _rows(x: Tensor, positions: Tensor) -> Tensor:

@@ -52,16 +52,19 @@ def add_missed(y: Tensor, x: Tensor, probes: Tensor, missed: Tensor) -> Tensor:
         return y
     with in_full_precision(y):
         precise = torch.promote_types(y.dtype, torch.float32)
-        given = _take(x, probes).to(precise)
-        spread, centre = torch.var_mean(given, dim=1, correction=0, keepdim=True)
+        spread, centre = torch.var_mean(_take(x, probes).to(precise), dim=1, correction=0, keepdim=True)
         # In half precision what is divided by less would overflow.
         size = spread.sum(2, keepdim=True).clamp_min(TINY if y.dtype == precise else 1e-6)
-        # Distances do not depend on the centre, but their rounding does; both sides have the same one.
-        centre = centre.to(y.dtype)
-        given = given - centre
-        kernel = closeness(x.to(y.dtype) - centre, given, size)
-        # In half precision rounding could make that of probes one of no factors.
-        among = _take(kernel, probes) if y.dtype == precise else closeness(given, given, size)
+        # Distances do not depend on the centre, but their rounding does.
+        x = x.to(y.dtype) - centre.to(y.dtype)
+        of_x = torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=precise).square() / size
+        given, of_given = _take(x, probes), _take(of_x, probes)
+        kernel = closeness(x, of_x, given, of_given, size)
+        if y.dtype == precise:
+            among = _take(kernel, probes)
+        else:  # rounding could make this one of no factors
+            given = given.to(precise)
+            among = closeness(given, of_given, given, of_given, size)
         among.diagonal(dim1=1, dim2=2).add_(RIDGE)
         # cholesky_ex does not wait for the device to say whether it failed.
         root = torch.linalg.cholesky_ex(among).L
@@ -69,8 +72,10 @@ def add_missed(y: Tensor, x: Tensor, probes: Tensor, missed: Tensor) -> Tensor:
         return torch.baddbmm(y, kernel, found.to(y.dtype))
 
 
-def closeness(x: Tensor, given: Tensor, size: Tensor) -> Tensor:
-    """`exp(-|a - b|^2 / 2 size)` of tokens `x` `[B, N, C]` and `given` ones `[B, P, C]`: `[B, N, P]`."""
-    lengths = (torch.linalg.vector_norm(z, dim=2, keepdim=True, dtype=given.dtype) for z in (x, given))
-    of_x, of_given = ((length.square() / (-2 * size)).to(x.dtype) for length in lengths)
-    return torch.baddbmm(of_x, x, (given / size).to(x.dtype).mT).add_(of_given.mT).exp_()
+def closeness(a: Tensor, of_a: Tensor, b: Tensor, of_b: Tensor, size: Tensor) -> Tensor:
+    """`exp(-|a - b|^2 / 2 size)` of `a` `[B, N, C]` and `b` `[B, P, C]`: `[B, N, P]`.
+
+    `of_a` and `of_b` are their lengths' squares, over `size`.
+    """
+    of_a, of_b, scaled = of_a.to(a.dtype), of_b.to(a.dtype), (b / size).to(a.dtype)
+    return torch.baddbmm(of_a, a, scaled.mT, beta=-0.5).add_(of_b.mT, alpha=-0.5).exp_()

@@ -36,8 +36,8 @@ def sample(image: Image, left: int, seed: int | None, salt: int = 0, in_turns: b
     samples = image.always(key, lambda: Samples.of(*size, salted, turns, device))
     if seed is None:
         return samples[0]
-    row = (image.shift if number is None else number) % how_many(image.h * image.w)
-    return image.once(("sample", *key), lambda: samples[row])
+    rows = how_many(image.h * image.w)
+    return image.once(("sample", *key), lambda: samples[(image.shift if number is None else number) % rows])
 
 
 class KeysMethod(Method, known=False):
