@@ -64,13 +64,13 @@ def added():
 @pytest.mark.parametrize(
     ("method", "most"),
     [
-        (Merge(unmerge="copy", prop_attn=False), 140),  # tomesd 0.1.3 adds 140
-        (Merge(), 280),
-        (Merge(0.75), 240),
+        (Merge(unmerge="copy", prop_attn=False), 125),  # tomesd 0.1.3 adds 140
+        (Merge(), 260),
+        (Merge(0.75), 225),
         (SampleKeys(probes=0), 10),
-        (SampleKeys(), 220),  # 8 of these a block are of attention, which this device takes apart
-        (MergeKeys(), 400),
-        (MergeStage(), 180),
+        (SampleKeys(), 195),  # 8 of these a block are of attention, which this device takes apart
+        (MergeKeys(), 290),
+        (MergeStage(), 160),
     ],
     ids=str,
 )
