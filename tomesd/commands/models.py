@@ -53,6 +53,11 @@ MODELS = {
         },
         *(640, 10, 2),
     ),
+    "thin": Model(
+        "as deep as Stable Diffusion 1.5, so narrow that the host's time is what is left of small pictures",
+        {"block_out_channels": (32,) * 4, "cross_attention_dim": 32},
+        *(32, 8),
+    ),
     "tiny": Model(
         "two levels and few channels, for tests",
         {

@@ -49,20 +49,20 @@ def unmerge_linear(token_map: TokenMap, x: Tensor, merged: Tensor, y: Tensor) ->
 
 def fit(x: Tensor, y: Tensor) -> Tensor:
     """The linear map `[B, C, D]` that makes `y` `[B, M, D]` of `x` `[B, M, C]` but for a constant, or 0."""
-    c, some = x.shape[2], slice(None, None, -(-x.shape[1] // SAMPLE))
-    n = x[:, some].shape[1] // 3
+    c, every = x.shape[2], -(-x.shape[1] // SAMPLE)
+    n = -(-x.shape[1] // every) // 3
     # Each third one to the end, so that what is fitted and what judges are contiguous.
-    thirds = [z[:, some][:, : 3 * n].unflatten(1, (n, 3)).transpose(1, 2) for z in (x, y)]
+    thirds = [z[:, : 3 * n * every : every].unflatten(1, (n, 3)).transpose(1, 2) for z in (x, y)]
     sample = torch.cat(thirds, dim=3)
     sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
     sample = sample - sample.mean((1, 2), keepdim=True)
     first, second = maps = ridge(sample[:, :2].flatten(1, 2), c)
     given, wanted = sample[:, 2].tensor_split([c], dim=2)
-    missed = torch.linalg.vector_norm(wanted - given @ maps, dim=(2, 3))
-    better = torch.where((missed[1] < missed[0])[:, None, None], second, first)
+    missed = torch.linalg.vector_norm(wanted - given @ maps, dim=(2, 3), keepdim=True)
+    better = torch.where(missed[1] < missed[0], second, first)
     # Not numbers are not less, so that a sample that has such falls back as well.
-    fits = missed.amin(0) < torch.linalg.vector_norm(wanted, dim=(1, 2))
-    return torch.where(fits[:, None, None], better, 0)
+    fits = missed.amin(0) < torch.linalg.vector_norm(wanted, dim=(1, 2), keepdim=True)
+    return torch.where(fits, better, 0)
 
 
 def ridge(sample: Tensor, c: int) -> Tensor:
@@ -83,10 +83,10 @@ def ridge(sample: Tensor, c: int) -> Tensor:
 
 def _solve(gram: Tensor, right: Tensor, c: int) -> Tensor:
     # The trace of either form is the sum of the inputs' squares.
-    size = gram.diagonal(dim1=1, dim2=2).mean(1).add_(TINY)
+    size = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).add_(TINY)
     grams = gram.repeat(len(RIDGES), 1, 1, 1)
     for i, share in enumerate(RIDGES):
-        grams[i].diagonal(dim1=1, dim2=2).add_(size[:, None], alpha=share * gram.shape[1] / c)
+        grams[i].diagonal(dim1=1, dim2=2).add_(size, alpha=share * gram.shape[1] / c)
     # cholesky_ex does not wait for the device to say whether it failed. Then there are no numbers, which fit
     # nothing.
     return torch.cholesky_solve(right.expand(len(RIDGES), *right.shape), torch.linalg.cholesky_ex(grams).L)
