@@ -4,6 +4,7 @@
     python scripts/bench eval-vit --backend timm transformers --r 0 3 5:-1    a few settings, both hosts
     python scripts/bench eval-vit --test 2000                                 a quick look
     python scripts/bench eval-vit --r tune:0.49 tune:0.45                     schedules that tome.tune finds
+    python scripts/bench eval-vit --ways ours ToMe PiToMe ATM DiffRate        timm, beside what others match
 
 A linear probe is trained once, on features of the plain model, and then used with merging: nothing is trained
 for it. `probe` and `knn` (20 nearest by cosine among the plain training features) are accuracies in per cent,
@@ -19,10 +20,12 @@ import gzip
 import hashlib
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import dinov2
+import matchers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,13 +43,17 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = 10
 
 # Name -> options of tome.apply_patch.
+TOME = {"metric": "keys", "mode": "mean"}
 WAYS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "ToMe": {"metric": "keys", "mode": "mean"},
+    "ToMe": TOME,
     "tokens, mean": {"mode": "mean"},
     "keys, mlerp": {"metric": "keys"},
     "no proportional attention": {"prop_attn": False},
 }
+# Whose tokens merge in a way of `matchers`; their means are weighed as ToMe's.
+MATCHED = {"PiToMe": "energy", "ATM": "sizes", "DiffRate": "attention"}
+WAYS |= dict.fromkeys(MATCHED, TOME)
 R = int | tuple[int, float] | list[int] | tome.Schedule
 # So many pictures, without their classes, are tuned on: the last ones, which no probe learns from.
 TUNED = 128
@@ -114,8 +121,8 @@ def cached(
 ) -> tuple[Tensor, float]:
     """The features, and the seconds that it took to compute them."""
     name = f"{key}-{args.size}-{args.dtype}-{len(pictures)}"
-    if merged:  # They depend on this package's code as well.
-        sources = sorted(Path(tomesd.__file__).parent.rglob("*.py"))
+    if merged:  # They depend on this code as well.
+        sources = [*sorted(Path(tomesd.__file__).parent.rglob("*.py")), Path(matchers.__file__)]
         name += "-" + hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
     file = CACHE / "eval-vit" / f"{name}.pt"
     made = kept(file, lambda file: torch.load(file, weights_only=True))
@@ -216,7 +223,9 @@ def evaluate(backend: str, args: argparse.Namespace) -> list[dict[str, object]]:
                 tome.apply_patch(model, **WAYS[way])
                 model.r = r
                 options = "-".join(f"{name}={value}" for name, value in WAYS[way].items())
-                x, seconds = cached(model, pictures, f"{backend}-test-{options}-r={setting}", True, args)
+                key = f"{backend}-test-{options}-r={setting}" + (f"-{way}" if way in MATCHED else "")
+                with matchers.merging(model, MATCHED[way]) if way in MATCHED else nullcontext():
+                    x, seconds = cached(model, pictures, key, True, args)
                 tome.remove_patch(model)
             cosine = F.cosine_similarity(x[:, :width], plain[:, :width]).mean().item()
             row = {

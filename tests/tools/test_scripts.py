@@ -7,15 +7,17 @@ from pathlib import Path
 
 import attention
 import count
-import matching
+import matchers
 import pytest
 import roofline
 import step_4k
 import tiny
+import tiny_vit
 import torch
 import vit
 from diffusers.models.attention_processor import Attention
 
+import tomesd.vit as tome
 from tomesd.commands import memory, models
 from tomesd.commands.common import smooth
 from tomesd.maths.grid import alternate
@@ -108,22 +110,46 @@ def test_a_vision_transformer_is_timed_in_each_way(tmp_path, capsys):
     assert "vit_tiny_patch16_224, size 64, dtype float32" in capsys.readouterr().out
 
 
-def test_tokens_are_matched_in_each_way():
+@pytest.mark.parametrize("way", matchers.WAYS)
+def test_tokens_are_matched_in_each_way(way):
     metric, sizes = torch.randn(2, 17, 8), torch.randint(1, 9, (2, 17))
-    maps = {way: matching.matched(way, metric, sizes, 1, 5, depth=0.5) for way in matching.WAYS}
-    for token_map in maps.values():
-        assert token_map.groups == 12
-        assert (token_map.keep[:, 0] == 0).all()
-        assert (token_map.sizes[:, 0] == 1).all()
-    ours = match_exact(metric, alternate(17, 1), 5)
-    assert torch.equal(maps["alternating"].index, ours.index)
-    # By sizes no token leaves that is larger than one that others join.
-    left = torch.ones(2, 17, dtype=torch.bool).scatter(1, maps["sizes"].keep, False)
-    joined = torch.zeros(2, 17, dtype=torch.bool).scatter(1, maps["sizes"].keep, maps["sizes"].sizes > 1)
+    attention = torch.rand(2, 16)
+    token_map = matchers.matched(way, metric, sizes, 1, 5, depth=0.5, attention=attention)
+    assert token_map.groups == 12
+    assert (token_map.keep[:, 0] == 0).all()
+    assert (token_map.sizes[:, 0] == 1).all()
+    leaves = torch.ones(2, 17, dtype=torch.bool).scatter(1, token_map.keep, False)
+    joined = torch.zeros(2, 17, dtype=torch.bool).scatter(1, token_map.keep, token_map.sizes > 1)
+    ours = match_exact(metric, alternate(17, 1), 5).index
+    if way == "alternating":
+        assert torch.equal(token_map.index, ours)
+    if way in ("ward", "ranked"):  # tokens of one size merge as ours do
+        alike = matchers.matched(way, metric, torch.ones_like(sizes), 1, 5, depth=0.5)
+        assert torch.equal(alike.index, ours)
     for i in range(2):
-        assert sizes[i, left[i]].max() <= sizes[i, joined[i]].min()
-    alike = matching.matched("ward", metric, torch.ones_like(sizes), 1, 5, depth=0.5)
-    assert torch.equal(alike.index, ours.index)
+        if way == "sizes":  # no token leaves that is larger than one that others join
+            assert sizes[i, leaves[i]].max() <= sizes[i, joined[i]].min()
+        if way == "attention":
+            assert attention[i, leaves[i, 1:]].max() < attention[i, ~leaves[i, 1:]].min()
+
+
+@pytest.mark.parametrize("way", ["alternating", "attention"])
+def test_a_real_model_merges_in_other_ways(way):
+    """Those of ours are the same to rounding; what the class token attends to least has no weight left."""
+    model = tome.apply_patch(tiny_vit.CASES["timm ViT"].build(), trace_source=True)
+    model.r = [5, 5, 0, 0]
+    x = torch.randn(2, 3, tiny_vit.SIDE, tiny_vit.SIDE)
+    with torch.no_grad():
+        ours = model.forward_features(x)
+        with matchers.merging(model, way):
+            other = model.forward_features(x)
+        again = model.forward_features(x)
+    assert torch.equal(ours, again)
+    assert tome.source(model).groups == 55
+    if way == "alternating":
+        torch.testing.assert_close(other, ours)
+    else:
+        assert not torch.allclose(other, ours, atol=1e-3)
 
 
 def test_parts_of_the_gpu_benchmark_go_on_where_one_fails(tmp_path):
