@@ -19,8 +19,8 @@ import argparse
 import gzip
 import hashlib
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,18 @@ WAYS |= dict.fromkeys(MATCHED, TOME)
 R = int | tuple[int, float] | list[int] | tome.Schedule
 # So many pictures, without their classes, are tuned on: the last ones, which no probe learns from.
 TUNED = 128
+
+
+@contextmanager
+def merging(model: nn.Module, way: str, r: R) -> Iterator[None]:
+    """Meanwhile a model merges tokens in one of the ways."""
+    tome.apply_patch(model, **WAYS[way])
+    try:
+        tome.set_r(model, r)
+        with matchers.merging(model, MATCHED[way]) if way in MATCHED else nullcontext():
+            yield
+    finally:
+        tome.remove_patch(model)
 
 
 def parse_setting(text: str) -> R:
@@ -220,13 +232,10 @@ def evaluate(backend: str, args: argparse.Namespace) -> list[dict[str, object]]:
             merged = flops < 1
             x, seconds = plain, plain_seconds
             if merged:
-                tome.apply_patch(model, **WAYS[way])
-                model.r = r
                 options = "-".join(f"{name}={value}" for name, value in WAYS[way].items())
                 key = f"{backend}-test-{options}-r={setting}" + (f"-{way}" if way in MATCHED else "")
-                with matchers.merging(model, MATCHED[way]) if way in MATCHED else nullcontext():
+                with merging(model, way, r):
                     x, seconds = cached(model, pictures, key, True, args)
-                tome.remove_patch(model)
             cosine = F.cosine_similarity(x[:, :width], plain[:, :width]).mean().item()
             row = {
                 "backend": backend,

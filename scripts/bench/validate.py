@@ -1,6 +1,6 @@
 """Accuracy and speed of a vision transformer on a folder of pictures, plain and with merging.
 
-    python scripts/bench validate --data imagenet/val --model vit_base_patch16_224 --r 0 8 13 16:-1
+    python scripts/bench validate --data imagenet/val --model vit_base_patch16_224 --r 0 8 13 --ways ours ToMe
     accelerate launch scripts/bench validate --data imagenet/val --model google/vit-base-patch16-224
 
 The folder holds one folder for each class; sorted by name they are in the order of the model's classes, as
@@ -15,17 +15,18 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from eval_vit import parse_setting
+from eval_vit import WAYS, merging, parse_setting
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-import tomesd.vit as tome
 from tomesd.commands.common import Parser, guarded, positive
 
 PROGRAM = "python scripts/bench validate"
@@ -78,31 +79,29 @@ def run(arguments: Sequence[str] | None) -> int:
         default=["0", "8"],
         help="8, 8:-1 (inflection), 8,8,4 (layers), or a file of tome.Schedule",
     )
-    parser.add_argument("--prop-attn", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--ways", nargs="+", default=["ours"], choices=list(WAYS), help="as of eval-vit")
     parser.add_argument("--batch-size", type=positive, default=64, help="of each process")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--mixed-precision", choices=["no", "fp16", "bf16"], default="no")
     args = parser.parse_args(arguments)
 
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    model, transform = load(args.model, args.pretrained)
-    # ImageFolder itself opens pictures as RGB.
-    data = ImageFolder(args.data, transform)
+    data = ImageFolder(args.data)  # which opens pictures as RGB
+    model, data.transform = load(args.model, args.pretrained)
     loader = DataLoader(data, args.batch_size, num_workers=args.workers, pin_memory=torch.cuda.is_available())
     model, loader = accelerator.prepare(model.eval(), loader)
     accelerator.print(f"{args.model}: {len(data)} pictures of {len(data.classes)} classes")
     bare = accelerator.unwrap_model(model)
-    for setting in args.r:
+    for way, setting in product(args.ways, args.r):
         r = parse_setting(setting)
-        if r == 0:
-            tome.remove_patch(bare)
-        else:
-            tome.apply_patch(bare, prop_attn=args.prop_attn)
-            bare.r = r
-        name = "plain" if r == 0 else f"r = {setting}"
-        (top1, top5), speed = validate(model, loader, name, accelerator)
+        plain = r == 0
+        if plain and way != args.ways[0]:
+            continue
+        name = "plain" if plain else f"{way}, r = {setting}"
+        with nullcontext() if plain else merging(bare, way, r):
+            (top1, top5), speed = validate(model, loader, name, accelerator)
         accelerator.print(
-            f"{name:>12}  top-1 {top1:.2f}  top-5 {top5:.2f}  {speed:.1f} pictures/s", flush=True
+            f"{name:>18}  top-1 {top1:.2f}  top-5 {top5:.2f}  {speed:.1f} pictures/s", flush=True
         )
     return 0
 
