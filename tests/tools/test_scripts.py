@@ -14,8 +14,11 @@ import step_4k
 import tiny
 import tiny_vit
 import torch
+import transformers
+import validate
 import vit
 from diffusers.models.attention_processor import Attention
+from PIL import Image
 
 import tomesd.vit as tome
 from tomesd.commands import memory, models
@@ -196,3 +199,26 @@ def test_a_step_is_modelled_by_data_sheets(capsys):
     printed = capsys.readouterr().out
     assert "a model, not measured" in printed
     assert [line.split()[0] for line in printed.splitlines()[2:4]] == ["plain", "windowed"]
+
+
+def test_a_classifier_is_judged_on_a_folder_of_pictures(tmp_path, capsys):
+    config = transformers.ViTConfig(**tiny_vit.CONFIG, num_labels=3, initializer_range=1.0)
+    model = transformers.ViTForImageClassification(config).eval()
+    processor = transformers.ViTImageProcessor(size={"height": tiny_vit.SIDE, "width": tiny_vit.SIDE})
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    pictures = [Image.fromarray((torch.rand(40, 50, 3) * 255).byte().numpy()) for _ in range(6)]
+    inputs = processor(pictures, return_tensors="pt")
+    with torch.no_grad():
+        guesses = model(**inputs).logits.argmax(1)
+        merged = tome.set_r(tome.apply_patch(model), 9)(**inputs).logits.argmax(1)
+    for i, picture in enumerate(pictures):
+        (tmp_path / "data" / f"n{i // 2}").mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "data" / f"n{i // 2}" / f"{i}.png")
+    call = ["--data", str(tmp_path / "data"), "--model", str(tmp_path / "model"), "--workers", "0"]
+    assert validate.main([*call, "--r", "0", "9", "--ways", "ours", "ToMe"]) == 0
+    first, *lines = [line.strip() for line in capsys.readouterr().out.splitlines() if "top-1" in line]
+    classes = torch.arange(6) // 2
+    assert first.startswith(f"plain  top-1 {100 * (guesses == classes).float().mean():.2f}  top-5 100.00")
+    assert lines[0].startswith(f"ours, r = 9  top-1 {100 * (merged == classes).float().mean():.2f}")
+    assert lines[1].startswith("ToMe, r = 9  top-1 ")
