@@ -43,8 +43,9 @@ Sides = tuple[Tensor, Tensor, Tensor]
 
 
 def alternating(given: Given) -> Sides:
-    places = torch.arange(given.likeness.shape[1]).expand(len(given.likeness), -1)
-    return sides(given.likeness, places[:, 1::2], places[:, ::2])  # as ours do behind one class token
+    likeness = given.likeness
+    places = torch.arange(likeness.shape[1], device=likeness.device).expand(len(likeness), -1)
+    return sides(likeness, places[:, 1::2], places[:, ::2])  # as ours do behind one class token
 
 
 def sides(likeness: Tensor, src: Tensor, dst: Tensor) -> Sides:
