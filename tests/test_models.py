@@ -218,6 +218,21 @@ def test_gradients_and_batches_of_torch_func(method):
     torch.testing.assert_close(pull(torch.ones_like(x))[0], want, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_in_half_precision(method, dtype):
+    """Losses and gradients are about those of float32."""
+    unet, (x, text) = tiny.small_unet(), tiny.inputs(16, 16, 2)
+    tomesd.apply_patch(unet, method)
+    weights = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.parameters()
+    weights, found = list(weights), []
+    for half in (False, True):
+        with torch.enable_grad(), torch.autocast("cpu", dtype, enabled=half):
+            loss = unet(x, torch.tensor(500), text).sample.float().square().mean()
+        found.append(torch.cat([loss[None], *(g.flatten() for g in torch.autograd.grad(loss, weights))]))
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.95
+
+
 def test_patches_leave_what_torch_compile_has_made_of_other_models():
     count = 0
 

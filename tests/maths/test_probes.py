@@ -87,6 +87,9 @@ def test_half_precision(dtype):
     got = add_missed(*(z.to(dtype) for z in (y, x)), chosen, take(want, chosen).to(dtype))
     assert got.dtype == dtype
     assert (got.double() - whole).norm() < 0.01 * whole.norm()
+    inputs = [z.to(dtype).requires_grad_() for z in (y, x)]
+    add_missed(*inputs, chosen, take(want, chosen).to(dtype)).sum().backward()
+    assert all(z.grad.isfinite().all() for z in inputs)
 
 
 def test_probes_that_are_nearly_equal_overflow_nothing():

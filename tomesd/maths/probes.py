@@ -65,6 +65,8 @@ def add_missed(y: Tensor, x: Tensor, probes: Tensor, missed: Tensor) -> Tensor:
         else:  # rounding could make this one of no factors
             given = given.to(precise)
             among = closeness(given, of_given, given, of_given, size)
+            if among.requires_grad:  # training needs it as it was
+                among = among.clone()
         among.diagonal(dim1=1, dim2=2).add_(RIDGE)
         # cholesky_ex does not wait for the device to say whether it failed.
         root = torch.linalg.cholesky_ex(among).L
