@@ -203,6 +203,21 @@ ROWS = (
         "as with `prop_attn=False`, `SampleKeys` needs none",
         tests=("hosts/test_composition.py::test_what_needs_no_bias_gives_none",),
     ),
+    Row(
+        "hooks of yours on attention",
+        cells=(YES, YES, YES, WARNED),
+        note="they are given all tokens, and may change them, but for code of torch.compile",
+        tests=(
+            CALLERS + "test_hooks_of_others_on_attention_act_as_without_a_patch",
+            CALLERS + "test_hooks_of_others_that_are_given_merged_tokens_are_named",
+        ),
+    ),
+    Row(
+        "hooks of yours on its layers",
+        cells=(WARNED, YES, YES, WARNED),
+        note="keys and values are fewer; without probes",
+        tests=(CALLERS + "test_probes_are_not_where_others_watch_the_layers_of_attention",),
+    ),
     Row("FreeU", lambda net: net.enable_freeu(0.9, 0.2, 1.2, 1.4)),
     Row("feed-forward chunking", lambda net: test_pipelines.chunk_feed_forward(net, 4), same=True),
     Row("IP-Adapter", tests=("hosts/test_composition.py::test_ip_adapter",)),

@@ -326,17 +326,78 @@ def test_what_was_patched_before_comes_back_whatever_is_on_it_by_then():
         tiny.CASES["sd"](unet)
 
 
+def on_attention(unet, hang):
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock):
+            hang(block.attn1)
+
+
+@pytest.mark.parametrize("method", [Merge(), SampleKeys(), MergeKeys()], ids=str)
+def test_hooks_of_others_on_attention_act_as_without_a_patch(method):
+    """Whichever came first: they are given all tokens, and may change what comes in and what goes out."""
+    outputs, seen, case = [], [], tiny.CASES["sd"]
+
+    def change(attn):
+        attn.register_forward_pre_hook(lambda m, args: (args[0] + args[0].flip(0), *args[1:]))
+        attn.register_forward_hook(lambda m, args, y: seen.append((args[0].shape[1], y.shape[1])))
+        attn.register_forward_hook(lambda m, args, y: 2 * y, prepend=True)
+
+    plain = tiny.small_unet()
+    on_attention(plain, change)
+    want = case(plain)
+    for before in (True, False):
+        unet = tiny.small_unet()
+        if before:
+            on_attention(unet, change)
+        tomesd.apply_patch(unet, method)
+        if not before:
+            on_attention(unet, change)
+        seen.clear()
+        outputs.append(case(unet))
+        assert [tokens for _, tokens in seen] == [256, 64, 256, 256]
+    assert torch.equal(*outputs)
+    assert 0 < (outputs[0] - want).norm() < 0.2 * want.norm()
+
+
+@pytest.mark.parametrize("method", [SampleKeys(), MergeKeys()], ids=str)
+def test_probes_are_not_where_others_watch_the_layers_of_attention(method):
+    """A hook may keep what it has seen, or give back what it has kept: it sees each call of a layer once."""
+    unet, case, seen = tiny.small_unet(), tiny.CASES["sd"], []
+    tomesd.apply_patch(unet, type(method)(probes=0))
+    want = case(unet)
+    tomesd.apply_patch(unet, method)
+    assert not torch.equal(case(unet), want)
+    on_attention(unet, lambda attn: attn.to_q.register_forward_hook(lambda m, a, y: seen.append(y.shape[1])))
+    assert torch.equal(case(unet), want)
+    assert seen == [256, 64, 256, 256]
+
+
+@pytest.mark.parametrize(
+    ("method", "watched"),
+    [
+        (Merge(), lambda block: block.attn1.to_q),
+        (ALL, lambda block: block.ff.net[0]),
+        (MergeStage(), lambda block: block.attn1),
+        (MergeStage(), lambda block: block.ff.net[0]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("before", [True, False])
-def test_hooks_of_others_after_attention_see_all_tokens(before):
+def test_hooks_of_others_that_are_given_merged_tokens_are_named(method, watched, before):
     unet, seen = tiny.small_unet(), []
-    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     if before:
-        attn.register_forward_hook(lambda *call: seen.append(call[-1].shape[1]))
-    tomesd.apply_patch(unet)
-    if not before:
-        attn.register_forward_hook(lambda *call: seen.append(call[-1].shape[1]))
-    tiny.CASES["sd"](unet)
-    assert seen == [256]
+        watched(block).register_forward_hook(lambda m, args, y: seen.append(y.shape[1]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tomesd.apply_patch(unet, method)
+        if not before:
+            watched(block).register_forward_hook(lambda m, args, y: seen.append(y.shape[1]))
+        for _ in range(2):
+            tiny.CASES["sd"](unet)
+    assert seen[0] == 128
+    says = "has hooks that somebody has put on it, and Merge"
+    assert [says in str(warning.message) for warning in caught] == [True]
 
 
 @pytest.mark.parametrize(

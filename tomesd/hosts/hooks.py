@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -132,6 +132,24 @@ class Patch:
         """Calls `hook(module, args, kwargs, output)` after it; `first`: before the hooks that are there."""
         self.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
 
+    def keep_inside(self, module: nn.Module | None) -> None:
+        """Moves its hooks on a module next to the forward, inside of those that others have hung there since.
+
+        So these are given all tokens, and what they change is as it would be without a patch.
+        """
+        if module is None or torch.compiler.is_compiling():
+            return
+        before, after = module._forward_pre_hooks, module._forward_hooks
+        is_last = not before or is_ours(next(reversed(before.values())))
+        is_first = not after or is_ours(next(iter(after.values())))
+        if is_last and is_first:
+            return
+        own = {handle.id for handle in self.handles}
+        for key in [key for key in before if key in own]:
+            before.move_to_end(key)
+        for key in [key for key in reversed(after) if key in own]:
+            after.move_to_end(key, last=False)
+
     def warn(self, message: str, about: str = "calls") -> None:
         """Warns once about each kind of thing that this patch meets."""
         if about not in self.warned and not torch.compiler.is_compiling():
@@ -152,6 +170,19 @@ def hooks_before(module: nn.Module | None) -> list[Callable[..., Any]]:
 def is_ours(hook: Callable[..., Any]) -> bool:
     """Whether a hook is one of this package."""
     return type(getattr(hook, "__self__", None)).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def has_hooks_of_others(modules: Iterable[nn.Module]) -> bool:
+    """Whether others have hung hooks on one of these modules; torch's own ones are about weights alone."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(
+        not is_ours(hook)
+        and str(getattr(hook, "__module__", "")).partition(".")[0] not in ("torch", "tomesd")
+        for module in modules
+        if module._forward_hooks or module._forward_pre_hooks
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
 
 
 def take_off(model: nn.Module, wanted: Callable[[Any], bool]) -> None:

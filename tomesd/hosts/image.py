@@ -287,6 +287,7 @@ class BlockHooks:
         self.tokens = Argument(site.module, site.block.tokens, 0)
         self.carrier = Argument(site.module, family.carrier) if family.carrier else None
         self.attn = site.block.attn.path
+        self.parts = [part.path for part in site.block.parts.values()]
         self.plans = False  # whether its own parts ask for a plan
         patch.before(site.module, self.enter)
         for name in ("attn", "cross"):
@@ -345,6 +346,8 @@ class BlockHooks:
                 f"tomesd: {self.attn} of {self.name} was replaced after apply_patch, by a "
                 f"{type(attn).__name__}: patch again"
             )
+        for path in self.parts:
+            self.patch.keep_inside(submodule(block, path))
 
     def receive(self, attn: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Takes the container's call out of what attention is given, where a host hands it on."""

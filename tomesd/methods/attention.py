@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..hosts.family import Part, submodule
-from ..hosts.hooks import Args, Argument, Kwargs, has_other_forward
+from ..hosts.hooks import Args, Argument, Kwargs, has_hooks_of_others, has_other_forward
 from ..hosts.image import BlockHooks
 from ..maths.attention import key_bias, merge_mask
 from ..maths.token_map import TokenMap
@@ -97,9 +97,9 @@ class PartHooks:
         self.weighs(module)
         processor, part = getattr(module, "processor", None), self.part
         if processor is None or type(processor).__name__ in part.processors + part.biased + part.orderless:
-            if not has_other_forward(module):
+            if not has_other_forward(module) and not self.is_watched(module):
                 return
-            what = "a forward that somebody has put on it"
+            what = f"{'a forward' if has_other_forward(module) else 'hooks'} that somebody has put on it"
         else:
             what = f"the processor {type(processor).__name__}"
         self.block.patch.warn(
@@ -133,6 +133,12 @@ class PartHooks:
                 f"or take another method than {self.method}"
             )
 
+    def is_watched(self, module: nn.Module) -> bool:
+        """Whether hooks of others are on what it gives other tokens than without it."""
+        inside = module.modules()
+        next(inside)  # hooks on the part itself are called before tokens merge and after they come back
+        return has_hooks_of_others(inside)
+
     def is_plain(self, attn: nn.Module) -> bool:
         """Whether an attention is one that is known to do nothing but attend."""
         processor = getattr(attn, "processor", None)
@@ -145,7 +151,7 @@ class PartHooks:
     def only_attends(self, attn: nn.Module) -> bool:
         """Whether nothing on it is in the way of asking it for some of the queries."""
         blurs = is_under(submodule(attn, self.part.layers[0]), BLURS)
-        return self.is_known(attn) and not blurs and not has_other_forward(attn)
+        return self.is_known(attn) and not blurs and not has_other_forward(attn) and not self.is_watched(attn)
 
     def weighs(self, attn: nn.Module) -> bool:
         """Whether its keys are to count as often as tokens have merged into them.

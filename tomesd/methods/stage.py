@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts.family import Site, submodule
-from ..hosts.hooks import Args, Kwargs, Patch
+from ..hosts.hooks import Args, Kwargs, Patch, has_hooks_of_others
 from ..hosts.image import BlockHooks, Call
 from ..maths.token_map import TokenMap
 from .attention import PartHooks, refuse_caches
@@ -64,10 +64,10 @@ class MergeStage(Matched):
         stage = Stage(blocks[sites[0]], blocks[sites[-1]], cached)
         patch.before(sites[0].module, stage.enter)
         for site, block in blocks.items():
-            for kind in ("attn", "cross"):
-                module, part = site.part(kind), site.block.parts.get(kind)
-                if module is not None and part is not None:
-                    inside = StagedAttention(block, module, part, kind, "MergeStage", self.prop_attn)
+            for kind, part in site.block.parts.items():
+                module = site.part(kind)
+                if module is not None:
+                    inside = StagedPart(block, module, part, kind, "MergeStage", self.prop_attn)
                     patch.before(module, inside.enter)
         patch.after(sites[-1].module, stage.leave, first=True)
 
@@ -117,8 +117,11 @@ class Stage:
         return kept.x + kept.map.unmerge(output - kept.merged)
 
 
-class StagedAttention(PartHooks):
-    """An attention inside of a stage: what belongs to all tokens is merged as they are, or refused."""
+class StagedPart(PartHooks):
+    """A part inside of a stage: what belongs to all tokens is merged as they are, or refused."""
+
+    def is_watched(self, module: nn.Module) -> bool:
+        return has_hooks_of_others(module.modules())
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         self.refuse(module, kwargs)
