@@ -118,6 +118,11 @@ def test_wrong_descriptions_of_methods_are_named(data, error, says):
         (lambda: Recipe([]), TypeError, "methods must be a dict of block names, got list"),
         (lambda: Recipe({}), ValueError, "a recipe needs a method for one block at least"),
         (lambda: Recipe({"a": 0.5}), TypeError, r"maps names of blocks to methods, got \{'a': 0.5\}"),
+        (
+            lambda: Recipe({"a": Merge()}, ["x"]),
+            TypeError,
+            "about must be a dict of what is known of a recipe",
+        ),
         (lambda: Recipe.from_dict({"a": {}}), TypeError, "a recipe is described by"),
         (lambda: Recipe.from_dict({"blocks": {}, "model": "x"}), TypeError, "a recipe is described by"),
         (lambda: type("Merge", (tomesd.Method,), {}), TypeError, "there is a method Merge already"),

@@ -20,6 +20,8 @@ Record = TypeVar("Record")
 
 # The attribute of a network that holds its patch.
 OWNER = "_tomesd"
+# Whose functions as hooks change no tokens.
+PACKAGES = ("torch", "tomesd")
 
 
 class Argument:
@@ -139,7 +141,8 @@ class Patch:
         """
         if module is None or torch.compiler.is_compiling():
             return
-        before, after = module._forward_pre_hooks, module._forward_hooks
+        before: Any = module._forward_pre_hooks  # of both torch.nn only says that they are dicts
+        after: Any = module._forward_hooks
         is_last = not before or is_ours(next(reversed(before.values())))
         is_first = not after or is_ours(next(iter(after.values())))
         if is_last and is_first:
@@ -176,11 +179,10 @@ def has_hooks_of_others(modules: Iterable[nn.Module]) -> bool:
     """Whether others have hung hooks on one of these modules; torch's own ones are about weights alone."""
     if torch.compiler.is_compiling():
         return False
+    hung = [m for m in modules if m._forward_hooks or m._forward_pre_hooks]
     return any(
-        not is_ours(hook)
-        and str(getattr(hook, "__module__", "")).partition(".")[0] not in ("torch", "tomesd")
-        for module in modules
-        if module._forward_hooks or module._forward_pre_hooks
+        not is_ours(hook) and str(getattr(hook, "__module__", "")).partition(".")[0] not in PACKAGES
+        for module in hung
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
 

@@ -33,6 +33,8 @@ class Recipe(Mapping[str, Method]):
         for name, method in methods.items():
             if not isinstance(name, str) or not isinstance(method, Method):
                 raise TypeError(f"a recipe maps names of blocks to methods, got {{{name!r}: {method!r}}}")
+        if not isinstance(about, Mapping | None):
+            raise TypeError(f"about must be a dict of what is known of a recipe, got {about!r:.80}")
         if not methods:
             raise ValueError("a recipe needs a method for one block at least")
         self._methods = dict(methods)
