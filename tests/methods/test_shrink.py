@@ -87,6 +87,34 @@ def test_a_loop_is_shrunk_by_its_share_with_a_controlnet_as_well():
         assert [size for level, size in seen if level == 3] == [(1, 1)] * 3 + [(2, 2)] * 2
 
 
+@pytest.mark.parametrize("downsample", [2, 4])
+@pytest.mark.parametrize(("h", "w"), [(16, 16), (17, 24)])
+def test_what_others_add_to_deep_levels_shrinks_with_them(h, w, downsample):
+    """A T2I-Adapter adds images as large as they would be, a ControlNet that is not patched does too."""
+    unet, (x, text) = tiny.unet(), tiny.inputs(h, w, 2)
+    shrink = tomesd.DeepShrink(2, downsample=downsample)
+    control = tiny.controlnet()
+    picture = torch.rand(2, 3, 8 * h, 8 * w, generator=torch.Generator().manual_seed(0))
+    lists = {}
+    for name, options in (("whole", {}), ("shrunk", {"shrink": shrink})):
+        tomesd.apply_patch(control, NONE, **options)
+        lists[name] = control(x, 900, text, picture, return_dict=False)
+    tomesd.apply_patch(unet, NONE, shrink=shrink)
+    without = unet(x, 900, text).sample
+    found = [
+        unet(x, 900, text, down_block_additional_residuals=downs, mid_block_additional_residual=mid).sample
+        for downs, mid in lists.values()
+    ]
+    # Those that have been shrunk themselves are left as they are, the others come near to them.
+    assert 0 < (found[0] - found[1]).norm() < 0.5 * (found[1] - without).norm()
+    adapted = [torch.ones(2, c, *halved((h, w), level)) for level, c in enumerate((16, 32, 32, 32))]
+    for t in (900, 100):
+        plain = unet(x, t, text).sample
+        both = unet(x, t, text, down_intrablock_additional_residuals=list(adapted)).sample
+        assert both.shape == plain.shape
+        assert not torch.allclose(both, plain, atol=1e-3)
+
+
 def test_all_steps_or_none():
     unet = tiny.unet()
     case = tiny.CASES["sd"]

@@ -27,6 +27,8 @@ class ImageFamily(Family):
     carrier: str | None = None  # the parameter of both containers and blocks that is a dict for attention
     down: tuple[str, ...] = ()  # classes that halve the resolution at the end of their part of a stage
     up: tuple[str, ...] = ()  # classes that double it there
+    # The network's parameters that are added to its levels: lists of images from fine to coarse, and an image.
+    added: tuple[str, ...] = ()
     others: tuple[str, ...] = ()  # attributes of containers that hold blocks on tokens of another kind
 
     def side(self, network: nn.Module) -> int:
@@ -139,6 +141,10 @@ FAMILIES = (
         carrier="cross_attention_kwargs",
         down=("Downsample2D",),
         up=("Upsample2D",),
+        added=(
+            *("down_intrablock_additional_residuals", "down_block_additional_residuals"),
+            "mid_block_additional_residual",
+        ),
     ),
     ImageFamily(
         name="kohya's UNet for SD 1 and 2",

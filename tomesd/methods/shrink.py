@@ -51,6 +51,10 @@ class DeepShrink:
             raise ValueError(f"until must be above 0 and at most 1, a share of the steps, got {self.until}")
         options.one_of("downsample", self.downsample, (2, 4, 8))
 
+    def is_on(self, step: Step) -> bool:
+        """Whether deep levels are shrunk in a step."""
+        return self.until == 1 or gone(step) < self.until
+
     def attach(self, network: Network[ImageFamily], hooks: NetworkHooks, patch: Patch) -> None:
         """Registers hooks wherever the resolution changes; a ValueError where it does so nowhere."""
         family, levels = network.family, dict[int, Level]()
@@ -61,6 +65,7 @@ class DeepShrink:
                     patch.after(module, own.halved)
                 elif is_named(module, family.up):
                     patch.after(module, levels[level - 1].doubled)
+        patch.before(network.module, Added(self, hooks, network.module, family).enter)
         if not any(level.shrinks for level in levels.values()):
             known = ", ".join(str(2 << level) for level in levels) or "none"
             raise ValueError(f"{self}: {network} has no such level to shrink, of 2, 4 and 8 it has {known}")
@@ -77,12 +82,45 @@ class Level:
     def halved(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         self.sizes.get()["size"] = self.image.get(args, kwargs).shape[-2:]
         step = self.network.own.get().step or self.network.last or Step()
-        if not self.shrinks or (self.shrink.until < 1 and gone(step) >= self.shrink.until):
+        if not self.shrinks or not self.shrink.is_on(step):
             return output
-        return resized(output, [math.ceil(side / self.shrink.factor) for side in output.shape[-2:]])
+        return resized(output, smaller(output.shape[-2:], self.shrink.factor))
 
     def doubled(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         return resized(output, self.sizes.get().get("size", output.shape[-2:]))
+
+
+class Added:
+    """What others add to the levels of a network, such as a T2I-Adapter: it shrinks with them."""
+
+    def __init__(self, shrink: DeepShrink, network: NetworkHooks, module: nn.Module, family: ImageFamily):
+        self.shrink, self.timestep = shrink, network.timestep
+        self.image = Argument(module, "", 0)
+        self.added = [added for name in family.added if (added := Argument.optional(module, name))]
+
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        given = [(added, value) for added in self.added if (value := added.get(args, kwargs)) is not None]
+        if not given or not self.shrink.is_on(Step.at(self.timestep.get(args, kwargs))):
+            return args, kwargs
+        # Sizes of the level that is shrunk first and of those below, without shrinking and with it.
+        above = self.image.get(args, kwargs).shape[-2:]
+        for _ in range(self.shrink.downsample.bit_length() - 2):
+            above = smaller(above, 2)
+        whole = [smaller(above, 2)]
+        small = [smaller(whole[0], self.shrink.factor)]
+        while math.prod(whole[-1]) > 1:
+            whole.append(smaller(whole[-1], 2))
+            small.append(smaller(small[-1], 2))
+        sizes = dict(zip(whole, small, strict=True))
+        for added, value in given:
+            parts = [value] if isinstance(value, Tensor) else list(value)
+            deep = [size for part in parts if (size := tuple(part.shape[-2:])) in {*whole, *small}]
+            # What a ControlNet adds that has been shrunk itself begins with the small size.
+            if not isinstance(value, Tensor) and deep and deep[0] != whole[0]:
+                break
+            parts = [resized(part, sizes.get(tuple(part.shape[-2:]), part.shape[-2:])) for part in parts]
+            args, kwargs = added.put(args, kwargs, parts[0] if isinstance(value, Tensor) else parts)
+        return args, kwargs
 
 
 def gone(step: Step) -> float:
@@ -91,6 +129,11 @@ def gone(step: Step) -> float:
     if step.number is not None and isinstance(timestep, Tensor):
         return step.number * timestep.element_size() / timestep.untyped_storage().nbytes()
     return 1 - float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep) / TIMESTEPS
+
+
+def smaller(size: Sequence[int], factor: float) -> tuple[int, ...]:
+    """The size of an image whose sides are divided by a factor."""
+    return tuple(math.ceil(side / factor) for side in size)
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
