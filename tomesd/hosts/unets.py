@@ -27,7 +27,7 @@ class ImageFamily(Family):
     carrier: str | None = None  # the parameter of both containers and blocks that is a dict for attention
     down: tuple[str, ...] = ()  # classes that halve the resolution at the end of their part of a stage
     up: tuple[str, ...] = ()  # classes that double it there
-    # The network's parameters that are added to its levels: lists of images from fine to coarse, and an image.
+    # The network's parameters that are added to its levels: lists of images, fine ones first, and an image.
     added: tuple[str, ...] = ()
     others: tuple[str, ...] = ()  # attributes of containers that hold blocks on tokens of another kind
 
