@@ -216,6 +216,8 @@ def test_gradients_and_batches_of_torch_func(method):
     want = torch.autograd.functional.vjp(lambda x: unet(x, t, text).sample, x, torch.ones_like(x))[1]
     _, pull = torch.func.vjp(lambda x: unet(x, t, text).sample, x)
     torch.testing.assert_close(pull(torch.ones_like(x))[0], want, atol=1e-5, rtol=1e-4)
+    by_batch = torch.func.vmap(lambda x, text: unet(x[None], t, text[None]).sample[0])(x, text)
+    torch.testing.assert_close(by_batch, unet(x, t, text).sample, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
