@@ -207,6 +207,14 @@ def test_an_exported_program_is_for_images_of_one_size_and_any_number():
         program(tiny.inputs(24, 24, 2)[0], t, text[:2])
 
 
+def test_what_onnx_cannot_have_is_said():
+    unet, (x, text) = tiny.small_unet(mid_block_type=None), tiny.inputs(16, 16, 2)
+    tomesd.apply_patch(unet)
+    with pytest.raises(ValueError, match="ONNX has no operators for what patches of networks that draw do"):
+        torch.onnx.export(First(unet), (x, torch.tensor(500), text), dynamo=False, verbose=False)
+    assert torch.isfinite(unet(x, torch.tensor(500), text).sample).all()
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_gradients_and_batches_of_torch_func(method):
     unet = tiny.small_unet()

@@ -153,6 +153,14 @@ class Patch:
         for key in [key for key in reversed(after) if key in own]:
             after.move_to_end(key, last=False)
 
+    def refuse_onnx(self) -> None:
+        """Raises a ValueError while what runs is exported to ONNX."""
+        if torch.onnx.is_in_onnx_export():
+            raise ValueError(
+                "tomesd: ONNX has no operators for what patches of networks that draw do: remove_patch "
+                "first. torch.jit.trace and torch.export take them along"
+            )
+
     def warn(self, message: str, about: str = "calls") -> None:
         """Warns once about each kind of thing that this patch meets."""
         if about not in self.warned and not torch.compiler.is_compiling():

@@ -156,6 +156,7 @@ class NetworkHooks:
         return {**vars(self), "last": None, "tables": {}}
 
     def begin(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        self.patch.refuse_onnx()
         if not self.patch.is_owned:
             self.patch.is_owned = True
         for listener in self.patch.listeners:
