@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from diffusers.models import attention_processor
-from diffusers.models.attention_processor import AttnProcessor, XFormersAttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from PIL import Image
 
 import tomesd
@@ -296,7 +296,7 @@ def test_caches_of_self_attention_are_refused():
     assert torch.isfinite(tiny.generate(pipe)).all()
 
 
-def test_self_attention_masks_are_merged():
+def test_self_attention_masks_are_merged(monkeypatch):
     unet = tiny.small_unet(mid_block_type=None)
     x, text = tiny.inputs(16, 16, 2)
     t = torch.tensor(500)
@@ -307,13 +307,15 @@ def test_self_attention_masks_are_merged():
     half = everything.clone()
     half[:, :128] = 0
     assert not torch.allclose(unet(x, t, text, attention_mask=half).sample, free)
-    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     kept = []
-    handle = attn.register_forward_pre_hook(
-        lambda m, a, k: kept.append((a[0], k["attention_mask"])), with_kwargs=True
-    )
-    unet(x, t, text, attention_mask=half)
-    handle.remove()
+
+    def attend(*args, original=AttnProcessor2_0.__call__, **kwargs):
+        kept.append((args[2], kwargs["attention_mask"]))
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AttnProcessor2_0, "__call__", attend)
+        unet(x, t, text, attention_mask=half)
     tokens, bias = kept[0]
     assert (tokens.shape[1], list(bias.shape)) == (128, [2, 1, 128])
     assert 0 < (bias == 0).sum() < bias.numel()

@@ -6,6 +6,7 @@ import gc
 import pytest
 import tiny
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 import tomesd
 
@@ -65,15 +66,18 @@ def test_what_a_stage_cannot_do_is_said():
         blocks[-1](x, encoder_hidden_states=text)
 
 
-def test_self_attention_masks_merge_with_a_stage():
+def test_self_attention_masks_merge_with_a_stage(monkeypatch):
     unet = tiny.small_unet()
     container = unet.down_blocks[0].attentions[0]
     tomesd.apply_patch(unet, tomesd.MergeStage())
     x, text = torch.randn(2, 16, 4, 6), torch.randn(2, 7, tiny.TEXT)
     seen = []
-    container.transformer_blocks[0].attn1.register_forward_pre_hook(
-        lambda m, args, kwargs: seen.append((args[0], kwargs["attention_mask"])), with_kwargs=True
-    )
+
+    def attend(*args, original=AttnProcessor2_0.__call__, **kwargs):
+        seen.append((args[2], kwargs["attention_mask"]))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(AttnProcessor2_0, "__call__", attend)
     container(x, text, attention_mask=torch.ones(2, 24))
     tokens, mask = seen[0]
     assert tokens.shape[1] == mask.shape[-1] == 12

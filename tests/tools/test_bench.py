@@ -259,7 +259,7 @@ def test_a_plan_merges_as_much_as_the_ideal():
         block = models.build(BLOCK)
         WAYS[way].patch(block, BLOCK)
         seen = []
-        block.attn1.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].shape[1]))
+        block.attn1.to_q.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].shape[1]))
         block(x)
         assert seen == [192]
 

@@ -16,7 +16,7 @@ def test_explain_counts_what_the_sites_really_see():
     seen = {}
     for name, module in pipe.unet.named_modules():
         if name.endswith("attn1"):
-            module.register_forward_pre_hook(
+            module.to_q.register_forward_pre_hook(
                 lambda m, a, name=name: seen.update({f"unet.{name.removesuffix('.attn1')}": a[0].shape[1]})
             )
     tiny.generate(pipe, height=136, width=200, num_inference_steps=1)
