@@ -74,9 +74,10 @@ def ridge(sample: Tensor, c: int) -> Tensor:
     Returns:
         One for each of the ridges, `[2, B, C, D]`.
     """
-    x, y = sample.tensor_split([c], dim=2)
+    x, y = sample[..., :c], sample[..., c:]
     if c <= sample.shape[1]:
-        return _solve(*(x.mT @ sample).tensor_split([c], dim=2), c)
+        gram = x.mT @ sample
+        return _solve(gram[..., :c], gram[..., c:], c)
     # Of the two forms of the same solution this one has the smaller matrix.
     return x.mT @ _solve(x @ x.mT, y, c)
 
