@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .maths.grid import Grid, Partition, alternate, cell_offsets, every_kth, random_src
 from .maths.matching import match_exact
-from .maths.token_map import TokenMap
+from .maths.token_map import TokenMap, check_integers
 
 Merge = Callable[..., Tensor]
 Unmerge = Callable[[Tensor], Tensor]
@@ -47,9 +47,11 @@ def bipartite_soft_matching_random2d(
 
     Raises:
         ValueError: the metric is not `[B, h * w, C]`, or a side or stride is below 1.
-        TypeError: the metric is not floating point.
+        TypeError: the metric is not floating point, or a number no integer.
     """
     _check_metric(metric)
+    check_integers(w=w, h=h, sx=sx, sy=sy, r=r)
+    _check_generator(generator)
     if min(w, h, sx, sy) < 1:
         raise ValueError(f"w, h, sx and sy must be at least 1, got w={w}, h={h}, sx={sx}, sy={sy}")
     if metric.shape[1] != w * h:
@@ -77,7 +79,8 @@ def bipartite_soft_matching(
         distill_token: the token after it is a distillation token: protect it too.
     """
     _check_metric(metric)
-    protected = int(class_token) + int(distill_token)
+    check_integers(r=r)
+    protected = bool(class_token) + bool(distill_token)
     r = min(r, (metric.shape[1] - protected) // 2)
     return _callables(metric, alternate(metric.shape[1], protected, metric.device), r)
 
@@ -90,6 +93,7 @@ def kth_bipartite_soft_matching(metric: Tensor, k: int) -> tuple[Merge, Unmerge]
         k: 2 halves the number of tokens; 1 and below merge nothing.
     """
     _check_metric(metric)
+    check_integers(k=k)
     n = metric.shape[1]
     if k <= 1:
         return _identity(metric)
@@ -108,6 +112,8 @@ def random_bipartite_soft_matching(
         generator: drawn from if given; without one a fixed hash of the position decides.
     """
     _check_metric(metric)
+    check_integers(r=r)
+    _check_generator(generator)
     b, n, _ = metric.shape
     if generator is not None:
         priority = torch.rand(b, n, device=generator.device, generator=generator).to(metric.device)
@@ -188,6 +194,11 @@ def _check_metric(metric: Tensor) -> None:
         raise TypeError(f"metric must be a floating point tensor, got {kind}")
     if metric.dim() != 3:
         raise ValueError(f"metric must be [B, N, C], got {list(metric.shape)}")
+
+
+def _check_generator(generator: Any) -> None:
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
 
 
 def _identity(metric: Tensor) -> tuple[Merge, Unmerge]:

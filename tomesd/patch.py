@@ -127,7 +127,10 @@ def _as_context(apply: Callable[P, Model]) -> Callable[P, AbstractContextManager
 
         Takes the arguments of `apply_patch`. A patch that was on the model before is put back.
         """
-        model: Any = inspect.signature(apply).bind(*args, **kwargs).arguments["model"]
+        try:
+            model: Any = inspect.signature(apply).bind(*args, **kwargs).arguments["model"]
+        except TypeError as error:
+            raise TypeError(f"patched() {error}") from None
         before = [(network, patch_of(network.module)) for network in find_networks(model)]
         apply(*args, **kwargs)
         try:

@@ -63,6 +63,8 @@ class TokenMerger:
                 raise ValueError(f"sequence_ids must be {[b, s]} as keys, got {list(sequence_ids.shape)}")
         if not isinstance(mask_id, Integral):
             raise TypeError(f"mask_id must be an integer, got {mask_id!r}")
+        if not -(2**63) <= mask_id < 2**63:
+            raise ValueError(f"mask_id must fit into int64, got {mask_id}")
         before = _as_map(adm, b, s)
         self.r: int = int(r)
         self.mask_id: int = mask_id
@@ -75,6 +77,10 @@ class TokenMerger:
         self.merged_ids: Tensor | None = (
             None if sequence_ids is None else self.map.merge(sequence_ids, "drop")
         )
+
+    def __repr__(self) -> str:
+        first = f"{self.total.tokens} before the first layer"
+        return f"TokenMerger({self.map.tokens} -> {self.map.groups} tokens, {first})"
 
     def __call__(self, x: Tensor, mode: str = "mean") -> Tensor:
         """As `merge`."""

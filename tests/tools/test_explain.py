@@ -61,15 +61,15 @@ def test_explain_of_an_unpatched_model_and_wrong_sizes():
     table = tomesd.explain(pipe)
     assert {row.left_alone for row in table.rows} == {"not patched"}
     assert (table.height, table.width, table.saved) == (128, 128, 0)
-    with pytest.raises(ValueError, match="height must be an integer of at least 8 pixels, got 0"):
+    with pytest.raises(ValueError, match="height must be at least 8, got 0"):
         tomesd.explain(pipe, 0)
-    with pytest.raises(ValueError, match=r"width must be .*, got 12\.5"):
+    with pytest.raises(TypeError, match=r"width must be an integer, got 12\.5"):
         tomesd.explain(pipe, 512, 12.5)
 
 
 def test_explain_of_sizes_below_a_token_of_patches():
     model = tiny.pixart()
-    with pytest.raises(ValueError, match="height must be an integer of at least 16 pixels, got 8"):
+    with pytest.raises(ValueError, match="height must be at least 16, got 8"):
         tomesd.explain(model, 8, 64)
     assert tomesd.explain(model, 16, 64).rows[0].before == 4
 

@@ -132,7 +132,7 @@ def test_other_pipelines(build):
 
 def test_a_network_needs_a_function_that_draws():
     unet, call = tiny.small_unet(), tiny.CASES["sd"]
-    with pytest.raises(TypeError, match="a network draws nothing by itself"):
+    with pytest.raises(TypeError, match="draws nothing by itself"):
         tomesd.tune(unet)
     with pytest.raises(ValueError, match="nothing was drawn"):
         tomesd.tune(unet, lambda: None)
@@ -172,10 +172,10 @@ def test_recipes_are_kept_in_files(tmp_path):
         "speed 2.1, expected error 0.01",
     ]
     (tmp_path / "other.json").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="a recipe is a file of JSON, and this is none"):
+    with pytest.raises(ValueError, match=r"a recipe is a file of JSON, and .*other.json is none"):
         Recipe.load(tmp_path / "other.json")
     (tmp_path / "other.json").write_text('{"blocks": {"a": {"method": "Merge", "code": "x"}}}')
-    with pytest.raises(ValueError, match="Merge has no option code"):
+    with pytest.raises(ValueError, match="Merge has no option 'code'"):
         Recipe.load(tmp_path / "other.json")
     with pytest.raises(ValueError, match=r"unet\.nowhere"):
         tomesd.apply_patch(tiny.sd(), Recipe({"unet.nowhere": Merge(0.5)}))

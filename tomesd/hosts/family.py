@@ -6,6 +6,7 @@ vision transformers share these records; their rows are in `unets.py` and `vits.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -226,8 +227,9 @@ def modules_of(model: object) -> Iterator[tuple[str, nn.Module]]:
             f"expected a pipeline or a torch module, got the class {model.__name__}: make one first"
         )
     if not isinstance(model, nn.Module | Mapping | list | tuple) and not hasattr(model, "__dict__"):
-        given = repr(model) if isinstance(model, (str, int, float, type(None))) else "one"
-        raise TypeError(f"expected a pipeline or a torch module, got {given} ({type(model).__name__})")
+        kind = type(model).__name__
+        given = f"{model!r} ({kind})" if isinstance(model, (str, int, float, type(None))) else kind
+        raise TypeError(f"expected a pipeline or a torch module, got {given}")
     yield from _parts("", model, set(), DEEP)
 
 
@@ -241,7 +243,8 @@ def _parts(name: str, value: Any, seen: set[int], deep: int) -> Iterator[tuple[s
         inside = value.items()
     elif isinstance(value, (list, tuple)):  # MultiControlNet may be a plain list of networks
         inside = enumerate(value)
-    elif hasattr(value, "components"):  # pipelines, and managers of what several have in common
+    # Pipelines, and managers of what several have in common. What others call so may fail if it is asked for.
+    elif inspect.getattr_static(value, "components", None) is not None:
         inside, deep = vars(value).items(), 0
     elif hasattr(value, "__dict__") and (not name or (deep and not isinstance(value, type | ModuleType))):
         inside, deep = vars(value).items(), deep - bool(name)

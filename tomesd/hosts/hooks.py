@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -18,6 +21,8 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Record = TypeVar("Record")
 
+# Folders of code that no user has written: of Python, and of what pip installs.
+LIBRARIES = tuple(f"{path}{os.sep}" for path in (Path(os.__file__).parent, Path(torch.__file__).parents[1]))
 # The attribute of a network that holds its patch.
 OWNER = "_tomesd"
 # Whose functions as hooks change no tokens.
@@ -165,12 +170,26 @@ class Patch:
         """Warns once about each kind of thing that this patch meets."""
         if about not in self.warned and not torch.compiler.is_compiling():
             self.warned.add(about)
-            warnings.warn(f"tomesd: {message}", stacklevel=2)
+            warnings.warn(f"tomesd: {message}", stacklevel=level_of_user())
 
     def remove(self) -> None:
         """Takes all hooks off."""
         for handle in self.handles:
             handle.remove()
+
+
+def level_of_user() -> int:
+    """How far up the stack, from who asks, is code that is neither this package's nor a library's.
+
+    It is the line that a warning is about, whoever called whom in between.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and (
+        frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
+        or frame.f_code.co_filename.startswith(LIBRARIES)
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def hooks_before(module: nn.Module | None) -> list[Callable[..., Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -51,10 +52,14 @@ class TokenMap:
         """The map of a given `index` `[B, N]`; the first token of each group is its survivor.
 
         Raises:
+            TypeError: the index is no tensor, or `groups` no integer.
             ValueError: the index is not int64 `[B, N]`, leaves `[0, groups)` or leaves a group empty.
         """
+        if not isinstance(index, Tensor):
+            raise TypeError(f"index must be a tensor, got {type(index).__name__}")
         if index.dim() != 2 or index.dtype != torch.int64:
             raise ValueError(f"index must be int64 [B, N], got {index.dtype} {list(index.shape)}")
+        check_integers(groups=groups)
         b, n = index.shape
         if n and (index.min() < 0 or index.max() >= groups):
             raise ValueError(f"index must lie in [0, {groups}), got {int(index.min())}..{int(index.max())}")
@@ -241,6 +246,8 @@ class TokenMap:
         return x.dim() >= 2 and x.shape[1] == length and self.index.shape[0] in (1, x.shape[0])
 
     def _check(self, x: Tensor, length: int, verb: str) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{verb} needs a tensor, got {type(x).__name__}")
         if not self.fits(x, length):
             batch = "B" if self.index.shape[0] == 1 else self.index.shape[0]
             raise ValueError(f"{verb} needs a tensor of shape [{batch}, {length}, ...], got {list(x.shape)}")
@@ -337,6 +344,14 @@ def _flat(positions: Tensor, batch: int, length: int) -> Tensor:
     """Positions `[B, T]` within each of `batch` sequences of `length`, as rows of the flattened batch."""
     first = up_to(batch * length, positions.device)[::length]
     return (positions + first[:, None]).flatten()
+
+
+def check_integers(**values: Any) -> None:
+    """Raises a TypeError for what is no integer, by its name."""
+    for name, value in values.items():
+        # torch.compile has integers of its own, and sizes are tensors where torch.jit traces.
+        if isinstance(value, bool) or not isinstance(value, Integral | Tensor | torch.SymInt):
+            raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
 
 
 def _take(x: Tensor, positions: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from ..hosts.family import Network, Site
@@ -69,12 +70,14 @@ class ByKey:
     def of(cls, given: Mapping[Any, Any]) -> ByKey:
         for key in given:
             named = isinstance(key, str) and not key.isdigit()
-            if not named and (isinstance(key, bool) or key not in DOWNSAMPLES):
+            level = isinstance(key, Integral) and not isinstance(key, bool) and key in DOWNSAMPLES
+            if not named and not level:
                 raise ValueError(
-                    f"methods are chosen by downsample (1, 2, 4, 8) or by the name of a block, got {key!r}"
+                    "methods are chosen by downsample (1, 2, 4, 8) or by the name of a block, got "
+                    f"{options.shown(key)} ({type(key).__name__})"
                 )
             if not isinstance(given[key], Method):
-                options.number(f"what is given for {key!r}", given[key], "a ratio or a method")
+                options.number(f"what is given for {options.shown(key)}", given[key], "a ratio or a method")
         if not given:
             raise ValueError("nothing to merge: the dict of methods is empty")
         return cls(
@@ -94,7 +97,7 @@ class ByKey:
         sites = {(network, site): _keys(network, site) for network in chosen for site in network.sites}
         for key, method in self.methods.items():
             named = [site for (_, site), keys in sites.items() if key in keys]
-            where = key if isinstance(key, str) else f"downsample {key}"
+            where = repr(key) if isinstance(key, str) else f"downsample {key}"
             if not named:
                 names = ", ".join(str(keys[0]) for keys in list(sites.values())[:2])
                 raise ValueError(

@@ -12,6 +12,7 @@ from ..hosts.family import Site
 from ..hosts.hooks import Patch
 from ..hosts.image import BlockHooks, Image
 from ..maths.token_map import TokenMap
+from . import options
 from .cost import Work
 
 
@@ -38,8 +39,8 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """The method as plain JSON, for `Method.from_dict`."""
-        options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {"method": type(self).__name__, **options}
+        given = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"method": type(self).__name__, **given}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Method:
@@ -53,16 +54,18 @@ class Method:
         """
         if not isinstance(data, dict):
             raise TypeError(f"a method is described by a dict, got {type(data).__name__}")
-        options = dict(data)
-        name = options.pop("method", None)
+        given = dict(data)
+        name = given.pop("method", None)
         if not isinstance(name, str) or name not in Method.known:
-            raise ValueError(f"the method must be one of {', '.join(Method.known)}, got {name!r}")
+            raise ValueError(
+                f"the method must be one of {', '.join(Method.known)}, got {options.shown(name)}"
+            )
         kind = Method.known[name]
         names = [option.name for option in fields(kind)]
-        unknown = [str(option) for option in options if option not in names]
+        unknown = [options.shown(option) for option in given if option not in names]
         if unknown:
             raise ValueError(f"{name} has no option {', '.join(unknown)}, only {', '.join(names)}")
-        return kind(**options)
+        return kind(**given)
 
     def __post_init__(self) -> None:
         raise TypeError(f"Method is what all methods have in common: take {', '.join(Method.known)}")

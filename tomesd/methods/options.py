@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import reprlib
-import sys
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from ..hosts.hooks import level_of_user
+
+
+def shown(value: object) -> str:
+    """A value as errors show it: short, in one line."""
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except ValueError:  # Python prints no integers of thousands of digits
+        return "one that is too long to show"
+
 
 def wrong_type(name: str, words: str, value: object) -> TypeError:
     """The error for an option of the wrong type."""
-    return TypeError(f"{name} must be {words}, got {reprlib.repr(value)} ({type(value).__name__})")
+    return TypeError(f"{name} must be {words}, got {shown(value)} ({type(value).__name__})")
 
 
 def number(name: str, value: Any, words: str = "a number") -> float:
     # A bool is an integer to Python, but ratio=True is a slip.
     if not isinstance(value, Real) or isinstance(value, bool):
         raise wrong_type(name, words, value)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large a number: {shown(value)}") from None
 
 
 def integer(name: str, value: Any, least: int | None = None, words: str = "an integer") -> int:
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise wrong_type(name, words, value)
     if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        raise ValueError(f"{name} must be at least {least}, got {shown(int(value))}")
     return int(value)
 
 
@@ -46,7 +58,7 @@ def boolean_or_none(name: str, value: Any) -> bool | None:
 
 def one_of(name: str, value: Any, known: Sequence[Any]) -> Any:
     if type(value) is not type(known[0]) or value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {shown(value)}")
     return value
 
 
@@ -66,14 +78,6 @@ def capped_share(value: Any, sx: int, sy: int) -> float:
             f"ratio {ratio:g} is above {most:g}, the most that one dst in each {sx} x {sy} cell allows "
             f"(1 - 1 / (sx * sy)): {most:g} of the tokens merge. Larger sx or sy allow more",
             UserWarning,
-            stacklevel=_level_of_caller(),
+            stacklevel=level_of_user(),
         )
     return min(ratio, most)
-
-
-def _level_of_caller() -> int:
-    """How far up the stack, from who asks, is the code that called this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("tomesd."):
-        level, frame = level + 1, frame.f_back
-    return level

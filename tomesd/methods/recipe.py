@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .method import Method
+from .options import shown, wrong_type
 
 
 class Recipe(Mapping[str, Method]):
@@ -32,11 +33,11 @@ class Recipe(Mapping[str, Method]):
             raise TypeError(f"methods must be a dict of block names, got {type(methods).__name__}")
         for name, method in methods.items():
             if not isinstance(name, str) or not isinstance(method, Method):
-                raise TypeError(f"a recipe maps names of blocks to methods, got {{{name!r}: {method!r}}}")
-        if not isinstance(about, Mapping | None):
-            raise TypeError(f"about must be a dict of what is known of a recipe, got {about!r:.80}")
+                raise TypeError(f"a recipe maps names of blocks to methods, got {shown({name: method})}")
         if not methods:
             raise ValueError("a recipe needs a method for one block at least")
+        if not isinstance(about, Mapping | None) or not all(isinstance(key, str) for key in about or ()):
+            raise wrong_type("about", "a dict of what is known of a recipe", about)
         self._methods = dict(methods)
         self.about: dict[str, Any] = dict(about or {})
 
@@ -60,8 +61,17 @@ class Recipe(Mapping[str, Method]):
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
-        """Writes the recipe to a file, as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Writes the recipe to a file, as JSON.
+
+        Raises:
+            OSError: it cannot be written.
+            TypeError: `about` holds what is no plain JSON.
+        """
+        try:
+            text = json.dumps(self.to_dict(), indent=1) + "\n"
+        except TypeError as error:
+            raise TypeError(f"about must be plain JSON to be kept in a file: {error}") from None
+        Path(path).write_text(text, encoding="utf-8")
 
     @staticmethod
     def load(path: str | Path) -> Recipe:
@@ -71,9 +81,11 @@ class Recipe(Mapping[str, Method]):
             OSError, ValueError, TypeError: it cannot be read, is no JSON, or no recipe.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"a recipe is a file of JSON, and this is none: {error}") from None
+            # Some editors begin a file with a mark of its encoding.
+            text = Path(path).read_text(encoding="utf-8-sig")
+            data = json.loads(text, object_pairs_hook=_named_once)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"a recipe is a file of JSON, and {path} is none: {error}") from None
         return Recipe.from_dict(data)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +102,21 @@ class Recipe(Mapping[str, Method]):
         """
         known = isinstance(data, dict) and set(data) <= {"blocks", "about"}
         if not known or not isinstance(data.get("blocks"), dict):
-            raise TypeError(f'a recipe is described by {{"blocks": {{name: method}}}}, got {data!r:.80}')
-        return Recipe(
-            {name: Method.from_dict(method) for name, method in data["blocks"].items()}, data.get("about")
-        )
+            raise TypeError(f'a recipe is described by {{"blocks": {{name: method}}}}, got {shown(data)}')
+        methods: dict[str, Method] = {}
+        for name, method in data["blocks"].items():
+            try:
+                methods[name] = Method.from_dict(method)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"block {shown(name)} of the recipe: {error}") from None
+        return Recipe(methods, data.get("about"))
+
+
+def _named_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, of whose names none may be there twice: the first one would be lost."""
+    data: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in data:
+            raise ValueError(f"{shown(name)} is there twice")
+        data[name] = value
+    return data

@@ -45,11 +45,15 @@ class DeepShrink:
     downsample: int = 2
 
     def __post_init__(self) -> None:
-        if not 1 <= options.number("factor", self.factor) < math.inf:
-            raise ValueError(f"factor must be a number of at least 1, got {self.factor}")
-        if not 0 < options.number("until", self.until) <= 1:
-            raise ValueError(f"until must be above 0 and at most 1, a share of the steps, got {self.until}")
-        options.one_of("downsample", self.downsample, (2, 4, 8))
+        factor, until = options.number("factor", self.factor), options.number("until", self.until)
+        if not 1 <= factor < math.inf:
+            raise ValueError(f"factor must be a number of at least 1, got {factor:g}")
+        if not 0 < until <= 1:
+            raise ValueError(f"until must be above 0 and at most 1, a share of the steps, got {until:g}")
+        downsample = options.integer("downsample", self.downsample)
+        options.one_of("downsample", downsample, (2, 4, 8))
+        for name, value in (("factor", factor), ("until", until), ("downsample", downsample)):
+            object.__setattr__(self, name, value)
 
     def is_on(self, step: Step) -> bool:
         """Whether deep levels are shrunk in a step."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Integral
 
 from ..hosts.hooks import patch_of
 from ..hosts.unets import find_networks
+from ..methods import options
 from ..methods.choice import ImageNetwork
 from ..methods.cost import PlanIfItPays, work_of
 from ..methods.method import Method
@@ -78,8 +78,8 @@ def explain(model: object, height: int | None = None, width: int | None = None) 
         two.
 
     Raises:
-        TypeError: the model is neither module nor pipeline.
-        ValueError: it holds no network of a known family, or the size is not positive.
+        TypeError: the model is neither module nor pipeline, or a side is no integer.
+        ValueError: it holds no network of a known family, or a side is too small.
     """
     networks = find_networks(model)
     scale: int = getattr(model, "vae_scale_factor", 8)
@@ -90,9 +90,7 @@ def explain(model: object, height: int | None = None, width: int | None = None) 
     if height is None:
         height = sides[0] * scale
     least = scale * max(network.family.side(network.module) for network in networks)
-    for name, side in (("height", height), ("width", width)):
-        if not isinstance(side, Integral) or isinstance(side, bool) or side < least:
-            raise ValueError(f"{name} must be an integer of at least {least} pixels, got {side!r}")
+    height, width = options.integer("height", height, least), options.integer("width", width, least)
     rows: list[Row] = []
     for network in networks:
         side = network.family.side(network.module)

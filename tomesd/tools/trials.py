@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..hosts.family import Site
 from ..hosts.hooks import patch_of
 from ..hosts.unets import find_networks
+from ..methods import options
 from ..methods.choice import ImageNetwork
 from ..methods.cost import seconds_of, work_of
 from ..methods.method import Method
@@ -150,17 +151,24 @@ def record(
     networks = find_networks(pipe)
     if any(patch_of(network.module) for network in networks):
         raise ValueError("tune measures against the plain model: remove_patch first")
-    if isinstance(pipe, nn.Module) and not callable(prompts):
-        raise TypeError("a network draws nothing by itself: give its pipeline, or a function that draws")
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    sizes = {"height": height, "width": width, "num_inference_steps": steps}
+    if (isinstance(pipe, nn.Module) or not callable(pipe)) and not callable(prompts):
+        raise TypeError(
+            f"{type(pipe).__name__} draws nothing by itself: give its pipeline, or a function that draws"
+        )
+    texts = texts_of(prompts)
+    sizes = {
+        name: options.integer(name, value, least=1)
+        for name, value in (("height", height), ("width", width), ("steps", steps))
+        if value is not None
+    }
+    if "steps" in sizes:
+        sizes["num_inference_steps"] = sizes.pop("steps")
 
     def draw() -> Any:
         if callable(prompts):
             return prompts()
-        given = {name: value for name, value in sizes.items() if value is not None}
         generator = torch.Generator().manual_seed(0)
-        return pipe(list(texts or PROMPTS), generator=generator, output_type="np", **given)  # type: ignore[arg-type]
+        return pipe(texts, generator=generator, output_type="np", **sizes)
 
     # That of a pipeline that decides about pictures is the last one to run, after its ControlNets.
     calls: list[tuple[ImageNetwork, Call, dict[str, Call]]] = []
@@ -201,6 +209,21 @@ def record(
 def guidance_of(pipe: Any) -> float:
     """How much the last run of a pipeline weighed its prompt; 1 where it had no guidance."""
     return float(pipe.guidance_scale) if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
+
+
+def texts_of(prompts: Any) -> list[str]:
+    """Prompts as a list."""
+    if prompts is None or callable(prompts):
+        return list(PROMPTS)
+    if not isinstance(prompts, Iterable):
+        raise options.wrong_type("prompts", "a text, several or a function that draws", prompts)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise options.wrong_type("each of prompts", "a text", text)
+    if not texts:
+        raise ValueError("prompts is empty: there is nothing to draw")
+    return texts
 
 
 def units_of(network: ImageNetwork) -> list[Unit]:

@@ -9,7 +9,7 @@ whole in the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ def tune(
     height: int | None = None,
     width: int | None = None,
     steps: int | None = None,
-    methods: Sequence[Method] | None = None,
+    methods: Iterable[Method] | None = None,
     progress: bool = True,
 ) -> Recipe:
     """Finds a method for each transformer of a pipeline by measuring on its own weights.
@@ -82,6 +82,7 @@ def tune(
         ValueError: an option out of range; a pipeline that is patched or has nothing to patch; a wish that
             cannot be met, with what can.
     """
+    options.boolean("progress", progress)
     known = check_methods(methods)
     given = {"speed": speed, "error": error, "psnr": psnr}
     wish = Wish.of({name: limit for name, limit in given.items() if limit is not None})
@@ -91,12 +92,19 @@ def tune(
     return solve(tuning, known, wish)
 
 
-def check_methods(methods: Sequence[Method] | None) -> tuple[Method, ...]:
+def check_methods(methods: Iterable[Method] | None) -> tuple[Method, ...]:
     """What to try."""
-    for method in methods or ():
+    if methods is None:
+        return METHODS
+    if not isinstance(methods, Iterable) or isinstance(methods, str):
+        raise options.wrong_type("methods", "several methods, such as [Merge(0.5)]", methods)
+    known = tuple(methods)
+    for method in known:
         if not isinstance(method, Method):
             raise options.wrong_type("each of methods", "a method such as Merge(0.5)", method)
-    return METHODS if methods is None else tuple(methods)
+    if not known:
+        raise ValueError("methods is empty: there is nothing to try")
+    return known
 
 
 class Wish(NamedTuple):
