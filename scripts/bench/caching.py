@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tomesd
 from tomesd.commands import metrics
-from tomesd.commands.common import Parser, Row, aligned, guarded, positive, reason, timed, write_csv
+from tomesd.commands.common import Parser, Row, aligned, guarded, guidance, positive, reason, timed, write_csv
 from tomesd.commands.pipelines import EMOJI_MODEL, load_pipeline, pick_device, pick_dtype
 
 PROGRAM = "python scripts/bench caching"
@@ -151,7 +151,7 @@ def run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--model", default=str(EMOJI_MODEL), help="a pipeline of diffusers (the shipped one)")
     parser.add_argument("--prompts", nargs="+", help="(8 of the shipped model's names)")
     parser.add_argument("--steps", type=positive, default=20, help="(20)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="(3.0)")
+    parser.add_argument("--guidance", type=guidance, default=3.0, help="(3.0)")
     parser.add_argument("--max-downsample", type=int, default=2, choices=(1, 2, 4, 8), help="(2)")
     parser.add_argument("--rounds", type=int, default=0, help="how often each is timed (0: never)")
     parser.add_argument("--device", default="auto")

@@ -1,9 +1,11 @@
 """The command as a whole: help, exit codes, errors; explain and trace; what scripts look for."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import missing
 import numpy as np
@@ -25,6 +27,30 @@ def test_commands_are_listed_and_unknown_ones_refused(capsys):
     assert "invalid choice: 'fly'" in capsys.readouterr().err
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith(f"tomesd {tomesd.__version__}, torch ")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--version"], ["generate", "--help"]], ids=str)
+def test_a_reader_who_has_seen_enough_is_no_error(arguments, monkeypatch):
+    class Closed(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError
+
+        def fileno(self):
+            return spare.fileno()
+
+    with tempfile.TemporaryFile() as spare:
+        monkeypatch.setattr(sys, "stdout", Closed())
+        assert main(arguments) == 0
+
+
+@pytest.mark.parametrize("name", ["picture", "picture.odd"])
+def test_a_picture_of_no_known_kind_is_refused_before_anything_is_drawn(name, tmp_path, capsys):
+    out = str(tmp_path / name)
+    assert main(["trace", "emoji", "pizza", "--out", out]) == 2
+    assert main(["tune", "--plot", out]) == 2
+    assert main(["plot", "none.csv", "--out", out]) == 2
+    assert capsys.readouterr().err.count(f"the name of {out} has to end in one of .eps, ") == 3
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_and_errors_need_nothing_but_torch():

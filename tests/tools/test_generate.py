@@ -53,8 +53,17 @@ def test_one_picture_merged_and_repeated(tmp_path, capsys):
         (["--model", "nobody/nothing"], "cannot get the model 'nobody/nothing'"),
         (["--device", "abacus"], "--device abacus: there is no such device"),
         ([" "], "a prompt is empty"),
-        (["--guidance", "-2"], "--guidance has to be a number of at least 0"),
+        (["--guidance", "-2"], "argument --guidance: '-2' is not a number of at least 0"),
         (["--seed", "-5"], "argument --seed: '-5' is not a whole number in 0..2^63-1"),
+        (
+            ["--steps", "5000", "--size", "16"],
+            "it cannot be drawn: `num_inference_steps`: 5000 cannot be larger",
+        ),
+        (
+            ["--recipe", "r.json", "--ratio", "0.3"],
+            "argument --recipe: it goes without --method, --ratio and",
+        ),
+        (["--recipe", "r.json", "--max-downsample", "2"], "argument --recipe: it goes without"),
     ],
 )
 def test_mistakes_are_explained_in_one_line(arguments, says, tmp_path, capsys, monkeypatch):

@@ -195,6 +195,8 @@ def test_pipelines_that_need_more_than_a_prompt_say_so(tmp_path, capsys):
         (["--model", "OWNER/MODEL"], "has no names.txt to take prompts from: give a --prompts-file"),
         (["--csv", "no/where/q.csv"], "--csv: there is no folder no/where"),
         (["--sheet", "no/where/s.png"], "--sheet: there is no folder no/where"),
+        (["--plot", "curves"], "--plot: the name of curves has to end in one of .eps, "),
+        (["--guidance", "nan"], "argument --guidance: 'nan' is not a number of at least 0"),
         (["--size", "100"], "--size 100x100: 100 is not a multiple of 8; take 96 or 104"),
         (["--plot-metric", "lpips"], "--plot-metric: "),
         (["--plot-metric", "beauty"], "invalid choice: 'beauty'"),

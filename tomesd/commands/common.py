@@ -7,6 +7,7 @@ import contextlib
 import copy
 import csv
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -82,32 +83,33 @@ def dispatch(
         The exit code, one of `EXIT_CODES`.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name in ("-h", "--help"):
-        print(f"usage: {program} COMMAND ...\n")
-        list_lines(commands)
-        print(
-            f"\n{program} COMMAND --help explains each, with examples; {program} --version.\n\n{EXIT_CODES}"
-        )
-        return 0
-    if name == "--version":
-        print(f"tomesd {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-        return 0
-    if name not in commands:
-        say(f"{program}: error: invalid choice: {name!r} (choose from {', '.join(commands)})")
-        return 2
 
     def run() -> int:
+        if name in ("-h", "--help"):
+            print(f"usage: {program} COMMAND ...\n")
+            list_lines(commands)
+            print(f"\n{program} COMMAND --help explains each, with examples; {program} --version.\n")
+            print(EXIT_CODES)
+            return 0
+        if name == "--version":
+            print(f"tomesd {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+            return 0
+        if name not in commands:
+            raise UserError(f"invalid choice: {name!r} (choose from {', '.join(commands)})")
         mend_torchvision()
         code: int = need(package + name.replace("-", "_")).main(rest)
         return code
 
-    return guarded(f"{program} {name}", run)
+    return guarded(f"{program} {name}" if name in commands else program, run)
 
 
 def guarded(program: str, call: Callable[[], int], if_full: str = "smaller sizes or batches") -> int:
     """The exit code of a call; mistakes are explained in a line. `if_full`: what to try if memory ends."""
     try:
-        return call()
+        try:
+            return call()
+        finally:
+            sys.stdout.flush()  # or a pipe that is closed would be noticed when Python ends
     except UserError as error:
         say(f"{program}: error: {error}")
         return 2
@@ -159,6 +161,13 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def guidance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
 def ratio(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
@@ -192,6 +201,15 @@ def make_folder(path: Path, option: str) -> None:
         raise UserError(f"argument {option}: cannot make the folder {path}: {error.strerror}") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"argument {option}: cannot write into the folder {path}")
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Makes UserErrors of what a pipeline, or a method in it, says that it cannot draw."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"it cannot be drawn: {first_line(error)}") from error
 
 
 def list_lines(lines: Mapping[str, str]) -> None:

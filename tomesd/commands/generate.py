@@ -40,6 +40,7 @@ from .common import (
     make_folder,
     need,
     positive,
+    refusals,
     say,
     timed,
     whole,
@@ -151,7 +152,8 @@ class Drawer:
     def draw(self, prompt: str, label: str, **call: Any) -> Image.Image:
         self.pipe.set_progress_bar_config(desc=f"{label}: {prompt[:40]}", leave=True)
         generator = torch.Generator().manual_seed(self.args.seed)
-        result = self.pipe(prompt=prompt, generator=generator, **{**self.options, **call})
+        with refusals():
+            result = self.pipe(prompt=prompt, generator=generator, **{**self.options, **call})
         picture: Image.Image = result.images[0]
         return picture
 

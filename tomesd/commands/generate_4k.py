@@ -51,8 +51,10 @@ from .common import (
     aligned,
     check_multiple,
     guarded,
+    guidance,
     need,
     positive,
+    refusals,
     say,
     seed,
     size,
@@ -118,7 +120,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--strength", type=float, help="share of the steps that refine the upscaled picture (default: 0.4)"
     )
     p.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
-    p.add_argument("--guidance", type=float, help="guidance scale (default: 3, or the pipeline's own)")
+    p.add_argument("--guidance", type=guidance, help="guidance scale (default: 3, or the pipeline's own)")
     options.add_method(p, "sample-keys", 0.75, "the two finest")
     p.add_argument("--compare", action="store_true", help="do the last stage without tomesd as well")
     p.add_argument("--seed", type=seed, default=0, help="seed of the picture (default: 0)")
@@ -229,7 +231,7 @@ class Artist:
         call.setdefault("num_inference_steps", self.args.steps)
         pipe.set_progress_bar_config(desc=label)
         gc.collect()
-        with memory.Peak(self.device) as peak, Tiles(pipe.vae):
+        with memory.Peak(self.device) as peak, Tiles(pipe.vae), refusals():
             begin = self.now()
             result = pipe(
                 prompt=self.args.prompt,

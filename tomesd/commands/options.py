@@ -14,7 +14,7 @@ import tomesd
 
 from ..hosts.unets import find_networks
 from ..methods.choice import DOWNSAMPLES
-from .common import UserError, check_multiple, positive, say, seed, size
+from .common import UserError, check_multiple, guidance, positive, say, seed, size
 from .pipelines import EMOJI_MODEL
 
 METHODS: dict[str, type[Any]] = {
@@ -52,6 +52,7 @@ def add_method(
         help=f"work at levels up to this one (default: {levels} with attention)",
     )
     p.add_argument("--auto", action="store_true", help="leave blocks alone where it would be slower")
+    p.set_defaults(unasked=(method, ratio, None))
 
 
 def make_method(name: str, ratio: float) -> tuple[tomesd.Method, list[str]]:
@@ -74,6 +75,8 @@ def method_asked(args: argparse.Namespace, tell: bool = False) -> tomesd.Method 
     `tell`: print what is to be known about it, which each command does once.
     """
     if args.recipe:
+        if (args.method, args.ratio, args.max_downsample) != args.unasked:
+            raise UserError("argument --recipe: it goes without --method, --ratio and --max-downsample")
         try:
             return tomesd.Recipe.load(args.recipe)
         except (OSError, TypeError, ValueError) as error:
@@ -86,7 +89,9 @@ def method_asked(args: argparse.Namespace, tell: bool = False) -> tomesd.Method 
 
 def label(args: argparse.Namespace) -> str:
     """What is patched with, in a few words."""
-    return f"merged by {args.recipe.name}" if args.recipe else f"merged {args.ratio:.0%}"
+    if args.recipe:
+        return f"merged by {args.recipe.name}"
+    return f"merged {make_method(args.method, args.ratio)[0].ratio:.0%}"
 
 
 def patch_as_asked(
@@ -138,7 +143,7 @@ def add_picture(p: argparse.ArgumentParser) -> None:
     """How to draw."""
     p.add_argument("--size", type=size, help="N or WxH in pixels (default: the model's own size)")
     p.add_argument("--steps", type=positive, help="denoising steps (default: 20, or the pipeline's own)")
-    p.add_argument("--guidance", type=float, help="guidance scale (default: 3, or the pipeline's own)")
+    p.add_argument("--guidance", type=guidance, help="guidance scale (default: 3, or the pipeline's own)")
     p.add_argument("--seed", type=seed, default=0, help="seed of every picture (default: 0)")
 
 
@@ -146,8 +151,6 @@ def check_picture(args: argparse.Namespace) -> None:
     """Raises a UserError for what cannot be drawn, before anything slow begins."""
     if args.size:
         check_multiple(args.size, 8)
-    if args.guidance is not None and not (math.isfinite(args.guidance) and args.guidance >= 0):
-        raise UserError(f"--guidance has to be a number of at least 0, not {args.guidance}")
 
 
 def shipped(model: str) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 from . import common
 from .bench import FIGURES
-from .common import Row, UserError, guarded, need, whole
+from .common import Row, UserError, check_parent, guarded, need, whole
 from .ways import WAYS, Ways
 
 PROGRAM = "tomesd plot"
@@ -190,6 +190,14 @@ def sheet(
     return figure
 
 
+def check_file(path: Path | None, option: str) -> None:
+    """Raises a UserError for a picture that `save` could not write: now, and not after hours."""
+    check_parent(path, option)
+    kinds = need("matplotlib.figure").Figure().canvas.get_supported_filetypes() if path else {}
+    if path and path.suffix[1:].lower() not in kinds:
+        raise UserError(f"argument {option}: the name of {path} has to end in one of .{', .'.join(kinds)}")
+
+
 def save(figure: Any, path: Path, option: str) -> None:
     """Writes a figure of matplotlib; a UserError names the option that asks for what cannot be."""
     try:
@@ -200,6 +208,7 @@ def save(figure: Any, path: Path, option: str) -> None:
 
 
 def run(args: argparse.Namespace, ways: Ways) -> int:
+    check_file(args.out, "--out")
     save(draw(read(args.csv), args.below, ways), args.out, "--out")
     print(args.out)
     return 0

@@ -112,7 +112,7 @@ def make_parser(program: str, compared: Comparison) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=positive, default=12, help="pictures that are drawn at once (12)")
     parser.add_argument("--size", type=positive, help="side in pixels (the model's own)")
     parser.add_argument("--steps", type=positive, help="of the sampler (20)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="(3.0)")
+    parser.add_argument("--guidance", type=common.guidance, default=3.0, help="(3.0)")
     parser.add_argument("--ratios", type=ratio, nargs="+", metavar="RATIO", help="(0.25 0.5 0.75)")
     parser.add_argument(
         "--max-downsample",
@@ -146,8 +146,7 @@ def check(args: argparse.Namespace, compared: Comparison) -> None:
     for option, value in ({"ways": drawn} | (QUICK if args.quick else FULL)).items():
         if getattr(args, option) is None and not (option == "prompts" and args.prompts_file):
             setattr(args, option, value)
-    for option in ("csv", "plot", "sheet"):
-        common.check_parent(getattr(args, option), f"--{option}")
+    common.check_parent(args.csv, "--csv")
     common.make_folder(args.cache, "--cache")
     check_model(args.model)
     args.device = str(pick_device(args.device))
@@ -155,6 +154,8 @@ def check(args: argparse.Namespace, compared: Comparison) -> None:
     absent = [package for module, package in needs.items() if importlib.util.find_spec(module) is None]
     if absent:
         raise UserError(f"this needs {', '.join(absent)}: pip install 'tomesd[bench]'")
+    for option in ("plot", "sheet"):
+        plot.check_file(getattr(args, option), f"--{option}")
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomesd
 
-from . import common, options, plot
+from . import options, plot
 from .common import Parser, UserError, guarded, need
 from .generate import Drawer
 from .pipelines import check_model, check_pipeline_size, find_model, load_pipeline, pick_device, pick_dtype
@@ -76,7 +76,7 @@ def draw(picture: Image.Image, shown: dict[str, list[tomesd.Plan]], prompt: str)
 
 def run(args: argparse.Namespace) -> int:
     options.check_picture(args)
-    common.check_parent(args.out, "--out")
+    plot.check_file(args.out, "--out")
     if options.method_asked(args, tell=True) is None:
         raise UserError("argument --ratio: with 0 nothing merges")
     check_model(args.model)

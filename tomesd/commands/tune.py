@@ -39,7 +39,7 @@ from .pipelines import (
     prompts_in,
     weights_of,
 )
-from .plot import save
+from .plot import check_file, save
 
 PROGRAM = "tomesd tune"
 
@@ -116,8 +116,8 @@ def draw(tuning: trials.Tuning, about: dict[str, Any] | None) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
-    for option in ("out", "plot"):
-        common.check_parent(getattr(args, option), f"--{option}")
+    common.check_parent(args.out, "--out")
+    check_file(args.plot, "--plot")
     common.make_folder(args.cache, "--cache")
     wishes = {
         name: value for name in ("speed", "error", "psnr") if (value := getattr(args, name)) is not None
