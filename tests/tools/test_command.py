@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import missing
 import numpy as np
@@ -51,6 +52,14 @@ def test_a_picture_of_no_known_kind_is_refused_before_anything_is_drawn(name, tm
     assert main(["plot", "none.csv", "--out", out]) == 2
     assert capsys.readouterr().err.count(f"the name of {out} has to end in one of .eps, ") == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_users_without_a_home_have_a_cache(monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    assert common.cache_folder() == Path(tempfile.gettempdir()) / "tomesd"
 
 
 def test_help_and_errors_need_nothing_but_torch():

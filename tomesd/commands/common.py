@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,8 +29,6 @@ from .torchvision import mend_torchvision
 
 # The repository, where this is a checkout of it.
 ROOT = Path(__file__).resolve().parents[2]
-# Where commands keep what is slow to make.
-CACHE = Path.home() / ".cache" / "tomesd"
 DTYPES = ("float32", "bfloat16", "float16")
 Row = dict[str, Any]
 Result = TypeVar("Result")
@@ -41,6 +40,17 @@ EXIT_CODES = """exit codes:
   1    nothing could be done, or not all of it: what failed is listed
   2    a mistake, explained in one line; nothing was begun, or what was done is kept
   130  stopped by Ctrl-C; what was done is kept"""
+
+
+def cache_folder() -> Path:
+    """Where commands keep what is slow to make."""
+    try:
+        return Path.home() / ".cache" / "tomesd"
+    except RuntimeError:  # a user of whom nothing is known, as in containers
+        return Path(tempfile.gettempdir()) / "tomesd"
+
+
+CACHE = cache_folder()
 
 
 class UserError(Exception):
