@@ -32,10 +32,15 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.5, help="share of tokens to merge (0.5)")
     parser.add_argument("--level", type=int, choices=(1, 2, 4, 8), help="downsampling (the finest)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (20)")
-    parser.add_argument("--at", type=int, nargs="+", default=[0, 10, 19], help="steps to show (0 10 19)")
+    parser.add_argument("--at", type=int, nargs="+", help="steps to show, from 0 (first, middle, last)")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale (3)")
     parser.add_argument("--out", type=Path, default=Path("unet-clusters.png"))
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    last = args.steps - 1
+    args.at = sorted(set(args.at or (0, args.steps // 2, last)))
+    if not 0 <= args.at[0] <= args.at[-1] <= last:
+        parser.error(f"argument --at: there are steps 0 to {last}")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -42,11 +42,14 @@ def test_a_picture_is_refined_at_a_larger_size(tmp_path):
 
 def test_clusters_are_drawn_at_the_steps_asked_for(tmp_path, capsys):
     out = tmp_path / "clusters.png"
-    unet_clusters.main(["pizza", "--steps", "2", "--at", "0", "1", "--out", str(out)])
+    unet_clusters.main(["pizza", "--steps", "2", "--out", str(out)])
     assert capsys.readouterr().out.strip() == str(out)
     width, height = Image.open(out).size
     assert width > 3 * 400  # the picture and both steps
     assert height > 2 * 400
+    with pytest.raises(SystemExit):
+        unet_clusters.main(["pizza", "--steps", "2", "--at", "2"])
+    assert "argument --at: there are steps 0 to 1" in capsys.readouterr().err
 
 
 def test_clusters_of_a_photo_are_drawn_with_weights_of_a_file(tmp_path, capsys):
