@@ -1,6 +1,7 @@
 """`tomesd bench` and `plot`, and the rivals of scripts/bench, on networks of a few channels."""
 
 import csv
+import itertools
 import math
 import sys
 
@@ -205,6 +206,16 @@ def test_plot(below, tmp_path):
     common.write_csv(rows, table)
     assert main(["plot", str(table), "--out", str(picture), "--below", below]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_two_ways_look_alike_in_a_plot():
+    from matplotlib.colors import to_rgb
+
+    colours = {
+        name: torch.tensor(to_rgb(way.colour)) for name, way in rivals.ALL.items() if "ideal" not in name
+    }
+    for a, b in itertools.combinations(colours, 2):
+        assert torch.dist(colours[a], colours[b]) > 0.2, f"{a} and {b}"
 
 
 def test_plot_names_mistakes(tmp_path, capsys):

@@ -172,7 +172,7 @@ WAYS: Ways = {
         'matching="exact", in the whole image', "C9", partial(Merge, matching="exact"), "ideal", block=True
     ),
     "windowed": own("the default: Merge, matched in windows", "C0", Merge, "ideal", block=True),
-    "copy": own('unmerge="copy"', "C3", partial(Merge, unmerge="copy"), "ideal", block=True),
+    "copy": own('unmerge="copy"', "magenta", partial(Merge, unmerge="copy"), "ideal", block=True),
     "0.1.3": own(
         'prop_attn=False, unmerge="copy": as tomesd 0.1.3, in windows',
         "tan",
@@ -183,12 +183,12 @@ WAYS: Ways = {
     "keys": own("SampleKeys: all queries, and a sample of the keys", "k", SampleKeys, block=True),
     "keys-alone": own(
         "SampleKeys(probes=0, replacement=True): nothing but a sample",
-        "0.4",
+        "indigo",
         partial(SampleKeys, probes=0, replacement=True),
         block=True,
     ),
     "merge-keys": own("MergeKeys: all queries, and merged keys", "C2", MergeKeys, block=True),
-    "all-levels": own("max_downsample=8: may cost more than it saves", "C7", Merge, levels=up_to(8)),
+    "all-levels": own("max_downsample=8: may cost more than it saves", "navy", Merge, levels=up_to(8)),
     "auto": own("the same with auto=True: only where it pays", "C8", Merge, levels=up_to(8), auto=True),
     "ideal-stage": own("as ideal, for all blocks of a transformer", "C1", IDEAL_STAGE, "ideal-stage"),
     "stage": own("merged once for all blocks of a transformer", "C1", MergeStage, "ideal-stage"),
