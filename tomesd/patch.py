@@ -29,7 +29,7 @@ P = ParamSpec("P")
 
 def apply_patch(
     model: Model,
-    ratio: float | Method | Recipe | Mapping[int | str, float | Method] = 0.5,
+    ratio: float | Method | Recipe | Mapping[Any, float | Method] = 0.5,
     max_downsample: int | None = None,
     sx: int = 2,
     sy: int = 2,
