@@ -1,6 +1,10 @@
 """The code of README and docs as it stands there, on tiny models; and their links."""
 
+import contextlib
+import io
 import re
+import runpy
+from functools import cache
 from pathlib import Path
 
 import diffusers as D
@@ -11,6 +15,8 @@ import torch
 
 import tomesd
 import tomesd.vit as tome
+from tomesd.__main__ import COMMANDS
+from tomesd.commands.common import need
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -109,3 +115,34 @@ def test_links_lead_somewhere(page):
         found = (page.parent / path).resolve() if path else page
         assert found.exists(), target
         assert not anchor or anchor in anchors(found), target
+
+
+@cache
+def help_of(command, name):
+    """What a command says of itself; None of an unknown one."""
+    bench = "scripts/bench" in command
+    known = runpy.run_path(str(ROOT / "scripts/bench/__main__.py"))["COMMANDS"] if bench else COMMANDS
+    out = io.StringIO()
+    if name in known:
+        module = need(("" if bench else "tomesd.commands.") + name.replace("-", "_"))
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            module.main(["--help"])
+    return out.getvalue() if name in known else None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_their_options_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    code = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    code += re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for line in code:
+        call = re.match(
+            r"(?:.*-m )?(tomesd|python scripts/bench)\s+([a-z][\w-]*)\s*([^#;]*)", line, re.DOTALL
+        )
+        if call is None or call[2].startswith("import"):
+            continue
+        says = help_of(call[1], call[2])
+        assert says is not None, line
+        for option in re.findall(r"--[a-z][\w-]*", call[3]):
+            assert re.search(rf"{option}\b", says), f"{line}: there is no {option}"
