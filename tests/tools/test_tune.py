@@ -63,6 +63,8 @@ def test_trials_that_failed_are_no_choice():
     assert tuning.speed(last) == 2.0
     assert dict(tuning.recipe(last)) == {"b": Merge(0.5)}
     assert tuning.recipe(tuning.choices([Merge(0.5)])[0]) is None
+    noisy = made_up({f"a {Merge(0.5)}": (0.25, 1.5)})  # more than the whole takes
+    assert noisy.speed(noisy.choices([Merge(0.5)])[-1]) == 20
 
 
 def test_what_was_measured_is_told_where_it_falls_short_of_what_was_expected(monkeypatch):
