@@ -17,7 +17,7 @@ guidance halves, and GiB that it needs beside the weights (`python scripts/bench
                                  SD 1.5, 3840x2176     SDXL, 4096x4096
     plain                             292   2.9             576   4.4
     tomesd by default                 128   2.9             409   4.4
-    this                               62   2.9             211   4.4
+    this                               62   2.9             218   4.4
     this, merge-stage                  55   2.2             113   4.4
 
 Self-attention alone, on a sample of the keys, stays closest to the plain picture.  With `--method

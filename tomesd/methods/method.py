@@ -18,7 +18,7 @@ from .cost import Work
 
 @dataclass(frozen=True, repr=False)
 class Method:
-    """A way to make a model compute less: `Merge`, `MergeStage`, `SampleKeys`. Immutable, equal by value."""
+    """A way to make a model compute less, such as `Merge(0.5)`. Immutable, equal by value."""
 
     ratio: float = 0.5
 
