@@ -54,8 +54,8 @@ def apply_patch(
     Args:
         model: a diffusers pipeline (its ControlNets are patched too), a bare network, or a CompVis LDM.
         ratio: the share of the tokens that merge away, for `Merge`; or a method: `Merge`, `SampleKeys`,
-            `MergeKeys`, `MergeStage`; or a dict of them by downsample of the image (1, 2, 4, 8) or by the name of a block;
-            or a `Recipe`.
+            `MergeKeys`, `MergeStage`; or a dict of them by downsample of the image (1, 2, 4, 8) or by the
+            name of a block; or a `Recipe`.
         max_downsample: work at levels up to this downsampling of the latent image: 1, 2, 4 or 8; None for
             the finest level at which each network has attention (1 in SD 1.5 and 2, 2 in SDXL). A dict and a
             `Recipe` say it by themselves.
