@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .method import Method
-from .options import shown, wrong_type
+from .options import read_json, shown, wrong_type
 
 
 class Recipe(Mapping[str, Method]):
@@ -80,13 +80,7 @@ class Recipe(Mapping[str, Method]):
         Raises:
             OSError, ValueError, TypeError: it cannot be read, is no JSON, or no recipe.
         """
-        try:
-            # Some editors begin a file with a mark of its encoding.
-            text = Path(path).read_text(encoding="utf-8-sig")
-            data = json.loads(text, object_pairs_hook=_named_once)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"a recipe is a file of JSON, and {path} is none: {error}") from None
-        return Recipe.from_dict(data)
+        return Recipe.from_dict(read_json(path, "a recipe"))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON, for `Recipe.from_dict`."""
@@ -110,13 +104,3 @@ class Recipe(Mapping[str, Method]):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"block {shown(name)} of the recipe: {error}") from None
         return Recipe(methods, data.get("about"))
-
-
-def _named_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, of whose names none may be there twice: the first one would be lost."""
-    data: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in data:
-            raise ValueError(f"{shown(name)} is there twice")
-        data[name] = value
-    return data
