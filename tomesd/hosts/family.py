@@ -244,7 +244,7 @@ def _parts(name: str, value: Any, seen: set[int], deep: int) -> Iterator[tuple[s
     elif isinstance(value, (list, tuple)):  # MultiControlNet may be a plain list of networks
         inside = enumerate(value)
     # Pipelines, and managers of what several have in common. What others call so may fail if it is asked for.
-    elif inspect.getattr_static(value, "components", None) is not None:
+    elif hasattr(value, "__dict__") and inspect.getattr_static(value, "components", None) is not None:
         inside, deep = vars(value).items(), 0
     elif hasattr(value, "__dict__") and (not name or (deep and not isinstance(value, type | ModuleType))):
         inside, deep = vars(value).items(), deep - bool(name)

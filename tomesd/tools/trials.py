@@ -161,11 +161,11 @@ def record(
     texts = texts_of(prompts)
     sizes = {
         name: options.integer(name, value, least=1)
-        for name, value in (("height", height), ("width", width), ("steps", steps))
+        for name, value in (("height", height), ("width", width))
         if value is not None
     }
-    if "steps" in sizes:
-        sizes["num_inference_steps"] = sizes.pop("steps")
+    if steps is not None:
+        sizes["num_inference_steps"] = options.integer("steps", steps, least=1)
 
     def draw() -> Any:
         if callable(prompts):
