@@ -394,7 +394,7 @@ def test_a_recipe_names_blocks_as_compvis_or_diffusers_do(plain, tmp_path, monke
         assert torch.equal(outs[-1], outs[-2])
         assert torch.equal(outs[-1], outs[-3])
     assert len({out.sum().item() for out in outs}) == len(names)
-    with pytest.raises(ValueError, match=r"nothing to merge at down_blocks\.7"):
+    with pytest.raises(ValueError, match=r"nothing to merge at 'down_blocks\.7"):
         patch(plain, Recipe({"unet.down_blocks.7.attentions.0.transformer_blocks.0": SampleKeys(0.5)}))
     node = comfyui.TokenMergingRecipe
     assert node.IS_CHANGED(plain, "recipe.json") == (tmp_path / "recipe.json").stat().st_mtime
