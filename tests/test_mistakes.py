@@ -27,7 +27,11 @@ X = torch.randn(2, 64, 8)
             TypeError,
             r"about must be a dict of what is known of a recipe, got 5",
         ),
-        (f'{{"blocks": {{"a": {METHOD}}}, "about": "x"}}', TypeError, "about must be a dict of what is known of a recipe"),
+        (
+            f'{{"blocks": {{"a": {METHOD}}}, "about": "x"}}',
+            TypeError,
+            "about must be a dict of what is known of a recipe",
+        ),
         (
             '{"blocks": {"a": {"method": "SampleKeys", "moments": 1}}}',
             ValueError,
@@ -71,8 +75,16 @@ def test_a_recipe_may_begin_with_a_mark_of_its_encoding(tmp_path):
         ),
         (lambda: Merge(np.eye(9)), TypeError, r"ratio must be a number, got [^\n]*$"),
         (lambda: DeepShrink(2, downsample=2.0), TypeError, r"downsample must be an integer, got 2.0"),
-        (lambda: Recipe({"a": Merge()}, [1]), TypeError, r"about must be a dict of what is known of a recipe, got \[1\]"),
-        (lambda: Recipe({"a": Merge()}, {1: 2}), TypeError, "about must be a dict of what is known of a recipe"),
+        (
+            lambda: Recipe({"a": Merge()}, [1]),
+            TypeError,
+            r"about must be a dict of what is known of a recipe, got \[1\]",
+        ),
+        (
+            lambda: Recipe({"a": Merge()}, {1: 2}),
+            TypeError,
+            "about must be a dict of what is known of a recipe",
+        ),
         (lambda: M.bipartite_soft_matching(X, 2.0), TypeError, r"r must be an integer, got 2.0 \(float\)"),
         (lambda: M.bipartite_soft_matching_random2d(X, 8, 8, "2", 2, 4), TypeError, "sx must be an integer"),
         (lambda: M.random_bipartite_soft_matching(X, 4, 0), TypeError, "generator must be .* or None, got 0"),
