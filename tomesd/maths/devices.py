@@ -1,4 +1,4 @@
-"""What a device can do: some lack operations that make merging fast. Asked once for each."""
+"""What a device can do, asked once for each: some lack operations that make merging fast. And who traces."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import guard_scalar
+from torch.torch_version import TorchVersion
+
+# Before, torch.compile does not know guard_scalar, and few versions need it.
+HAS_CONSTANTS = TorchVersion(torch.__version__) >= TorchVersion("2.8")
 
 
 def is_traced() -> bool:
@@ -19,6 +24,16 @@ def is_traced() -> bool:
 def is_exported() -> bool:
     """Whether torch.export makes a program of what runs."""
     return bool(getattr(torch.compiler, "is_exporting", bool)())  # not in torch 2.4
+
+
+def constant(number: Any) -> Any:
+    """A number, for each value of which torch.compile is to make a program.
+
+    Once a number has changed it takes it for a symbol, and shapes that follow from that compile for minutes.
+    """
+    if HAS_CONSTANTS and torch.compiler.is_compiling() and isinstance(number, int | float):
+        return guard_scalar(number)
+    return number
 
 
 @contextmanager

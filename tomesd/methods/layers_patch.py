@@ -15,6 +15,7 @@ from ..hosts.family import Network, submodule
 from ..hosts.hooks import Args, Argument, Kwargs, Patch, PerThread
 from ..hosts.vits import VisionFamily
 from ..maths.alternating import Step
+from ..maths.devices import constant
 from ..maths.token_map import TokenMap
 from . import options
 from .schedule import parse_r
@@ -245,12 +246,13 @@ class LayersPatch(Patch):
     def schedule(self) -> Schedule:
         """How many tokens are to merge in each layer."""
         r = self.r
+        if torch.compiler.is_compiling():  # which would look at what is kept here too
+            kind = next((kind for kind in (list, tuple) if isinstance(r, kind)), None)
+            return self.parse(constant(r) if kind is None else kind(map(constant, r)))
         key = type(r), tuple(r) if isinstance(r, list) else r  # a list may be changed in place
         known, schedule = self.parsed
-        if known == key:
-            return schedule
-        schedule = self.parse(r)
-        if not torch.compiler.is_compiling():
+        if known != key:
+            schedule = self.parse(r)
             self.parsed = key, schedule
         return schedule
 
