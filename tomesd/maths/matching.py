@@ -67,20 +67,20 @@ def match_exact(
         ValueError: fewer than r tokens have somebody in their own sequence to join.
     """
     norm = _norm(metric)
-    src, dst = _rows(metric, partition.src), _rows(metric, partition.dst)
-    unit, bad = _unit(dst, _rows(norm, partition.dst))
+    src, dst = _take(metric, partition.src), _take(metric, partition.dst)
+    unit, bad = _unit(dst, _take(norm, partition.dst))
     chunk = max(1, CHUNK // max(1, unit.shape[1]))
     products = (part @ unit.transpose(1, 2) for part in _chunks(src, chunk))
     src_ids = None
     if ids is not None:
-        src_ids, dst_ids = _rows(ids, partition.src), _rows(ids, partition.dst)
+        src_ids, dst_ids = _take(ids, partition.src), _take(ids, partition.dst)
         strangers = (part[..., None] != dst_ids[:, None] for part in _chunks(src_ids, chunk))
         products = (
             part.masked_fill(mask, -torch.inf) for part, mask in zip(products, strangers, strict=True)
         )
     best = [part.max(dim=-1) for part in products]
     value, local = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
-    score = _score(value, _rows(norm, partition.src), bad.gather(1, local))
+    score = _score(value, _take(norm, partition.src), bad.gather(1, local))
     if src_ids is not None:
         if padding is not None:
             score = score.masked_fill(src_ids == padding, 2)
@@ -141,12 +141,6 @@ def match_windowed(
     # Of tokens that leave it is never read.
     rank = torch.empty_like(stays_or_joins).scatter_(1, keep, up_to(n - r, dst.device).expand(b, -1))
     return TokenMap(rank.gather(1, stays_or_joins), keep)
-
-
-def _rows(x: Tensor, positions: Tensor) -> Tensor:
-    if positions.shape[0] == 1:
-        return x.index_select(1, positions[0])
-    return _take(x, positions)
 
 
 def _chunks(x: Tensor, size: int) -> tuple[Tensor, ...]:

@@ -187,7 +187,7 @@ class TokenMap:
         if self.is_identity:
             return x
         if mode == "drop":
-            if self.keep.shape[0] != x.shape[0]:
+            if not self._is_of(x):
                 return _take(x, self.keep)
             return x.flatten(0, 1).index_select(0, self.keep_rows).view(*self.keep.shape, *x.shape[2:])
         if x.dtype == torch.bool:
@@ -217,7 +217,7 @@ class TokenMap:
         self._check(y, self.groups, "unmerge")
         if self.is_identity:
             return y
-        if self.index.shape[0] != y.shape[0]:
+        if not self._is_of(y):
             return _take(y, self.index)
         return y.flatten(0, 1).index_select(0, self.rows).view(*self.index.shape, *y.shape[2:])
 
@@ -245,6 +245,11 @@ class TokenMap:
         length = self.tokens if length is None else length
         return x.dim() >= 2 and x.shape[1] == length and self.index.shape[0] in (1, x.shape[0])
 
+    def _is_of(self, x: Tensor) -> bool:
+        """Whether each sample of `x` is known to have a map of its own: then rows of all serve."""
+        # A trace may run on another batch: then one sample does not tell a map of its own from one for all.
+        return self.index.shape[0] == x.shape[0] and not is_traced()
+
     def _check(self, x: Tensor, length: int, verb: str) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{verb} needs a tensor, got {type(x).__name__}")
@@ -266,7 +271,7 @@ class TokenMap:
         if x.numel() == 0:
             return x.new_zeros(shape)
         table = x.reshape(x.shape[0] * self.tokens, -1)
-        own = self.index.shape[0] == x.shape[0]
+        own = self._is_of(x)
         flat = self.rows if own else _flat(self.index, x.shape[0], self.groups)
         has_history = x.requires_grad or (weight is not None and weight.requires_grad)
         if (torch.is_grad_enabled() and has_history) or not has_bags(x.device):
@@ -356,7 +361,7 @@ def check_integers(**values: Any) -> None:
 
 def _take(x: Tensor, positions: Tensor) -> Tensor:
     """`x[b, positions[b]]`: `[B, T, ...]` -> `[B, P, ...]`."""
-    if positions.shape[0] == 1:
+    if positions.shape[0] == 1 and not is_traced():  # a trace may run on another batch
         return x.index_select(1, positions[0])
     # Rows of a flat table: a quarter of the time of torch.gather with an expanded index.
     rows = x.flatten(0, 1).index_select(0, _flat(positions, x.shape[0], x.shape[1]))

@@ -128,7 +128,7 @@ class Hooks:
             part: Any = block
             for step in path.split(".") if "." in path else (path,):
                 part = getattr(part, step, None)
-            if part is known:
+            if is_same(part, known):
                 continue
             inside = list(part.modules()) if wrappable and isinstance(part, nn.Module) else []
             # Adapters that train a copy of a part keep it, and call the copy.
@@ -138,6 +138,11 @@ class Hooks:
                 raise RuntimeError(
                     f"tomesd: {name}.{path} was replaced after apply_patch, by a {kind}: patch again"
                 )
+
+
+def is_same(module: Any, known: nn.Module) -> bool:
+    """Whether a module is one that is known, or what torch.export puts in its place for a while."""
+    return module is known or (isinstance(module, nn.Module) and vars(module) is vars(known))
 
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:
@@ -316,7 +321,7 @@ class NetworkHooks(Hooks):
         if container is None or self.patch.schedule.first == self.patch.layers:
             return
         for place, (name, block) in enumerate(container._modules.items()):
-            if block is None or (place < len(self.blocks) and block is self.blocks[place]):
+            if block is None or (place < len(self.blocks) and is_same(block, self.blocks[place])):
                 continue
             # Sharding and the like wrap blocks.
             if not any(part is known for part in block.modules() for known in self.blocks):
