@@ -153,7 +153,7 @@ class TokenMap:
             raise ValueError(f"a map of {then.tokens} tokens cannot follow one that leaves {self.groups}")
         if then.index.shape[0] == self.index.shape[0]:
             return TokenMap(then.index.gather(1, self.index), self.keep.gather(1, then.keep))
-        batch = max(self.index.shape[0], then.index.shape[0])
+        batch = then.index.shape[0] if self.index.shape[0] == 1 else self.index.shape[0]
         if self.index.shape[0] not in (1, batch) or then.index.shape[0] not in (1, batch):
             raise ValueError(
                 f"maps of {self.index.shape[0]} and {then.index.shape[0]} samples cannot be composed"

@@ -34,7 +34,8 @@ from ..hosts.vits import VisionFamily
 from ..maths.alternating import Step, merge_alternating
 from ..maths.attention import key_bias, take_rope
 from ..maths.token_map import TokenMap
-from .layers_patch import STATE, Hooks, LayersPatch, Merged, NetworkHooks, Part, State, state_of, where_filled
+from .layers_patch import Hooks, LayersPatch, NetworkHooks, Part, where_filled
+from .layers_state import STATE, Merged, State, found_state, mark, state_of
 
 # Tokens are compared by so many of their channels: with 128 of 384 DINOv2-S keeps its accuracy, with 64 it
 # does not, and with all of 768 ViT-B loses some of its speed.
@@ -139,7 +140,7 @@ class LayerHooks(Hooks):
         if first == self.layer:
             return None
         before, inside = state_of(x, self.name)
-        own.handed = getattr(x, STATE)
+        own.handed = found_state(x)
         if before is None or inside:
             return None
         merged = patch.turned(before.take(patch.turned(x)))
@@ -198,7 +199,7 @@ class LayerHooks(Hooks):
             survivors = own.before.map.keep[:, patch.protected :]
             keep = survivors - patch.protected  # embeddings are of patches alone
             args, kwargs = self.rope.put(args, kwargs, take_rope(self.rope.get(args, kwargs), keep))
-        if patch.prop_attn:
+        if patch.prop_attn and own.shape[0] > 0:  # nn.MultiheadAttention takes no mask of no samples
             assert self.bias is not None
             bias = key_bias(own.before.size, x.dtype)
             if isinstance(attn, nn.MultiheadAttention):
@@ -283,7 +284,7 @@ class LayerHooks(Hooks):
         own.begun = False
         x = patch.turned(x)
         if own.merging:
-            setattr(x, STATE, (None if after is None else after.state, own.inside))
+            mark(x, (None if after is None else after.state, own.inside))
         return x
 
     def _merge(self, own: LayerCall, x: Tensor) -> Step | None:

@@ -14,20 +14,15 @@ from torch import Tensor, nn
 from ..hosts.family import Network, submodule
 from ..hosts.hooks import Args, Argument, Kwargs, Patch, PerThread
 from ..hosts.vits import VisionFamily
-from ..maths.alternating import Step
 from ..maths.devices import constant
 from ..maths.token_map import TokenMap
 from . import options
+from .layers_state import STATE, Unmerge, state_of
 from .schedule import parse_r
 
 Metric: TypeAlias = Literal["tokens", "keys"]
 Mode: TypeAlias = Literal["mlerp", "mean"]
-Unmerge: TypeAlias = Literal["copy", "residual"]
-STATE = "_tomesd_state"
 SCRIPTED = "__prepare_scriptable__"
-# Of the merged tokens what `Merged` has, in plain tensors, as hidden states may be saved; and whether nobody
-# looks at them before the last block.
-State: TypeAlias = tuple[tuple[Tensor, Tensor, Tensor, Tensor | None] | None, bool]
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
@@ -55,40 +50,6 @@ class Forward:
 
     masked: bool = True  # whether attention may be given a mask of the caller's
     maps: list[TokenMap | None] = field(default_factory=list)  # after each layer, where they are kept
-
-
-@dataclass(eq=False)
-class Merged:
-    """What tokens have become."""
-
-    map: TokenMap
-    size: Tensor  # how many each one stands for, [B, M]
-    apart: Tensor | None = None  # what told each of all tokens from its group when it merged, [B, N, C]
-
-    @classmethod
-    def by(cls, before: Merged | None, step: Step, x: Tensor, unmerge: Unmerge) -> Merged:
-        """After a step of merging tokens `x`."""
-        token_map = step.map if before is None else before.map.compose(step.map)
-        if unmerge == "copy":
-            return cls(token_map, step.size)
-        apart = x - step.map.unmerge(step.tokens)
-        if before is not None and before.apart is not None:
-            apart = before.apart + before.map.unmerge(apart)
-        return cls(token_map, step.size, apart)
-
-    def give_back(self, x: Tensor) -> Tensor:
-        """All tokens, from those that are left."""
-        x = self.map.unmerge(x)
-        return x if self.apart is None else x + self.apart
-
-    def take(self, x: Tensor) -> Tensor:
-        """Those that are left, from all tokens."""
-        left = self.map.merge(x, "drop")
-        return left if self.apart is None else left - self.map.merge(self.apart, "drop")
-
-    @property
-    def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        return self.map.index, self.map.keep, self.size, self.apart
 
 
 class Part(NamedTuple):
@@ -141,8 +102,15 @@ class Hooks:
 
 
 def is_same(module: Any, known: nn.Module) -> bool:
-    """Whether a module is one that is known, or what torch.export puts in its place for a while."""
-    return module is known or (isinstance(module, nn.Module) and vars(module) is vars(known))
+    """Whether a module is one that is known, or what DataParallel or torch.export puts in its place."""
+    # Those have its table of hooks, and not one like it.
+    return module is known or getattr(module, "_forward_hooks", None) is known._forward_hooks
+
+
+def is_watched(block: nn.Module) -> bool:
+    """Whether somebody looks at what a block is given or returns, or at its gradients, beside our hooks."""
+    ours = len(block._forward_hooks) == len(block._forward_pre_hooks) == 1
+    return not ours or bool(block._backward_hooks or block._backward_pre_hooks)
 
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:
@@ -343,7 +311,7 @@ class NetworkHooks(Hooks):
     def enter(self, container: nn.Sequential, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Tells the first block whether nobody looks at the tokens between the blocks."""
         self.look_for_blocks(container, args, kwargs)
-        if any(len(block._forward_hooks) > 1 or len(block._forward_pre_hooks) > 1 for block in container):
+        if any(map(is_watched, container)):
             return None
         x = args[0].view_as(args[0])
         setattr(x, STATE, (None, True))
@@ -359,21 +327,3 @@ class NetworkHooks(Hooks):
         if merged is None or not inside:
             return x
         return patch.turned(merged.give_back(patch.turned(x)))
-
-
-def state_of(x: Tensor, where: str) -> tuple[Merged | None, bool]:
-    """What the tokens of `x` have become, and whether nobody looks at them before the last block."""
-    if not hasattr(x, STATE):
-        raise RuntimeError(
-            f"tomesd: the tokens at {where} do not come straight from the block before it. Something between "
-            "them made a new tensor: a hook, an adapter, FSDP, or activation checkpointing with "
-            "use_reentrant=True (use_reentrant=False works). Without it, or with model.r = 0, it runs"
-        )
-    carried, inside = getattr(x, STATE)
-    if carried is None:
-        return None, inside
-    index, keep, size, apart = carried
-    if index.device != x.device:
-        index, keep, size = (part.to(x.device) for part in (index, keep, size))
-        apart = None if apart is None else apart.to(x.device)
-    return Merged(TokenMap(index, keep), size, apart), inside

@@ -42,10 +42,13 @@ def parse_r(layers: int, r: R) -> list[int | float]:
         first = kind(mean * (1 - inflection))
         step = 2 * (mean - first) / max(1, layers - 1)
         each = [kind(first + step * layer) for layer in range(layers)]
-    elif isinstance(r, list) and len({_kind(n) for n in r}) <= 1 and all(map(_kind, r)):
+        if kind is float and mean >= 0:  # no layer merges more than half, nor less than nothing by rounding
+            each = [min(max(share, 0.0), 0.5) for share in each]
+    elif isinstance(r, list) and all(map(_kind, r)) and len({_kind(n) for n in r if n}) <= 1:
         if len(r) > layers:
             raise ValueError(f"r has {len(r)} numbers for {layers} layers")
-        each = [*map(_plain, r)] + [0] * (layers - len(r))
+        plain = float if any(n and _kind(n) == "share" for n in r) else int  # 0 is either
+        each = [plain(n) for n in [*r, *[0] * (layers - len(r))]]
     elif _kind(r):
         each = [_plain(r)] * layers
     else:

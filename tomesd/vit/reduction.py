@@ -36,7 +36,7 @@ class Reduced:
     @property
     def sizes(self) -> Tensor:
         """How many of the N tokens each one stands for, int64 `[B, M]`."""
-        return self.map.sizes
+        return self.map.sizes.expand(self.tokens.shape[0], -1)
 
 
 def reduce(
@@ -96,7 +96,8 @@ def reduce(
     elif tokens.shape[1] - prefix > left:
         token_map = token_map.compose(_choose(tokens, how, left, (h, w), prefix, seed))
         tokens = token_map.merge(features, "drop")
-    return Reduced(tokens, token_map, _positions(token_map, how, (h, w), prefix))
+    positions = _positions(token_map, how, (h, w), prefix)
+    return Reduced(tokens, token_map, positions.expand(tokens.shape[0], -1, -1))
 
 
 def keep(
@@ -120,7 +121,8 @@ def keep(
     Raises:
         TypeError, ValueError: as in `reduce`.
     """
-    rate = options.share(rate, "from 0 to below 1")
+    if not 0 <= options.number("rate", rate) < 1:
+        raise ValueError(f"rate must be from 0 to below 1, the share of tokens that goes, got {rate}")
     if not isinstance(embeddings, Tensor) or embeddings.dim() not in (2, 3):
         raise TypeError("embeddings must be a floating point tensor [N, C] or [B, N, C]")
     single = embeddings.dim() == 2
@@ -132,9 +134,14 @@ def keep(
 
 
 def _grid(grid: Any, patches: int) -> tuple[int, int]:
-    side = math.isqrt(max(patches, 0))
-    h, w = (side, side) if grid is None else grid
-    if h * w != patches or patches < 1:
+    if patches < 1:
+        raise ValueError("there are no patches to reduce: the features have no more tokens than the prefix")
+    side = math.isqrt(patches)
+    try:
+        h, w = (side, side) if grid is None else (options.integer("grid", n, least=1) for n in grid)
+    except (TypeError, ValueError):
+        raise options.wrong_type("grid", "(rows, columns), two integers above 0", grid) from None
+    if h * w != patches:
         hint = "pass grid=(rows, columns), and how many tokens come before them as prefix"
         raise ValueError(f"{patches} patches are no {h} x {w}: {hint}")
     return h, w

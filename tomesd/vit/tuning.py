@@ -43,23 +43,32 @@ class Schedule(list[int | float]):
 
     Args:
         r: a number of tokens, or a share of them, for each layer.
-        about: what is known of it, such as what `tune` has measured: plain JSON.
+        about: what is known of it, such as what `tune` has measured, by name: plain JSON.
 
     Raises:
-        TypeError, ValueError: `r` is no list that `parse_r` takes.
+        TypeError, ValueError: `r` is no list that `parse_r` takes, or `about` is no dict of JSON.
     """
 
     def __init__(self, r: Iterable[int | float] = (), about: Mapping[str, Any] | None = None) -> None:
         each = list(r)
         super().__init__(parse_r(len(each), each))
-        self.about: dict[str, Any] = dict(about or {})
+        if not isinstance(about, Mapping | None) or not all(isinstance(key, str) for key in about or {}):
+            raise options.wrong_type("about", "a dict by names", about)
+        try:
+            self.about: dict[str, Any] = json.loads(json.dumps(dict(about or {})))
+        except (TypeError, ValueError, RecursionError):
+            raise options.wrong_type("about", "a dict of plain JSON", about) from None
 
     def __str__(self) -> str:
-        left = self.about.get("left") or [""] * len(self)
+        about, left = dict(self.about), self.about.get("left")
+        if isinstance(left, list) and len(left) == len(self):
+            del about["left"]
+        else:  # not of this schedule
+            left = [""] * len(self)
         rows = [("layer", "r", "left"), *zip(range(1, len(self) + 1), self, left, strict=True)]
-        lines = [f"{layer:>5}  {r:>5}  {n:>5}".rstrip() for layer, r, n in rows]
-        about = [f"{key.replace('_', ' ')} {value}" for key, value in self.about.items() if key != "left"]
-        return "\n".join([*lines, ", ".join(about)] if about else lines)
+        lines = [f"{layer:>5}  {r:>5}  {n!s:>5}".rstrip() for layer, r, n in rows]
+        known = [f"{key.replace('_', ' ')} {value}" for key, value in about.items()]
+        return "\n".join([*lines, ", ".join(known)] if known else lines)
 
     def save(self, path: str | Path) -> None:
         """Writes the schedule to a file, as JSON."""
@@ -73,7 +82,10 @@ class Schedule(list[int | float]):
         Raises:
             OSError, ValueError, TypeError: it cannot be read, is no JSON, or no schedule.
         """
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no JSON of a schedule: {error}") from None
         if not isinstance(data, dict) or not isinstance(data.get("r"), list):
             raise TypeError(f'a schedule is described by {{"r": [8, 4, 2]}}, got {data!r:.80}')
         return Schedule(data["r"], data.get("about"))
@@ -170,10 +182,14 @@ def merging(model: nn.Module, network: Network[VisionFamily]) -> Iterator[Layers
     patched = patch_of(module) is not None
     if not patched:
         apply_patch(model)
+    patch: LayersPatch = patch_of(module)
     own = vars(module).get("r")  # the model that holds it may have it instead
+    # What the user's own forward has merged is to stay what `source` shows.
+    traced, patch.trace_source = patch.trace_source, False
     try:
-        yield patch_of(module)
+        yield patch
     finally:
+        patch.trace_source = traced
         vars(module).pop("r", None)
         if own is not None:
             module.r = own
