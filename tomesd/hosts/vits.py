@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 from torch.torch_version import TorchVersion as Version
 
-from .family import Block, Family, Misfit, Network, Part, Site, find, is_named, known, submodule
+from .family import Block, Family, Misfit, Network, Part, Site, find, known, submodule
+from .refused import why_refused, why_unfit
 
 
 @dataclass(frozen=True)
@@ -271,26 +272,6 @@ FAMILIES = [
     ),
 ]
 
-RELATIVE = "its attention has a bias for each pair of positions, and a merged token has no single position"
-WINDOWED = "its attention runs in windows of the whole grid, and merged tokens fill none"
-PADDED = "it packs images of different sizes under a mask of each image's patches"
-JOINED = (
-    "it packs images into one sequence and joins each 2 x 2 patches in the end, for which all have to be "
-    "there (tome.reduce merges what comes out)"
-)
-REFUSED: dict[tuple[str, ...], str] = {
-    ("SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "SwinModel", "Swinv2Model"): WINDOWED,
-    ("SwinBackbone", "Swinv2Backbone", "MaskFormerSwinModel", "DonutSwinModel", "TinyVit"): WINDOWED,
-    ("MaxxVit", "MaxVit", "Hiera", "HieraModel", "HieraDet", "Sam2HieraDetModel", "DaVit"): WINDOWED,
-    ("VisionTransformerSAM", "SamVisionEncoder", "SamHQVisionEncoder", "ImageEncoderViT"): WINDOWED,
-    ("VitDetModel", "VitDetBackbone", "GlobalContextVit", "Twins", "Nest"): WINDOWED,
-    ("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel"): JOINED,
-    ("Qwen3VLVisionModel",): JOINED,
-    ("Beit", "BeitModel", "BeitBackbone", "Data2VecVisionModel"): RELATIVE,
-    ("VisionTransformerRelPos",): RELATIVE,
-    ("NaFlexVit", "Siglip2VisionModel", "PixtralVisionModel", "Idefics3VisionTransformer"): PADDED,
-}
-
 
 def register(family: VisionFamily) -> VisionFamily:
     """Makes a family of vision transformers known to `apply_patch`, before those that are known already.
@@ -366,19 +347,19 @@ def find_networks(model: object, package: str | None = None) -> list[Network[Vis
     every = find(module, FAMILIES)
     found = [network for network in every if package in (None, network.family.package)]
     for name, part in module.named_modules():
-        for names, reason in REFUSED.items():
-            if is_named(part, names):
-                others = ", ".join(network.name for network in found)
-                raise ValueError(
-                    f"the tokens of {name or 'this'} {type(part).__name__} cannot be merged: {reason}"
-                    + (f". Patch the others alone: {others}" if others else "")
-                )
+        reason = why_refused(part)
+        if reason is not None:
+            others = ", ".join(network.name for network in found)
+            raise ValueError(
+                f"the tokens of {name or 'this'} {type(part).__name__} cannot be merged: {reason}"
+                + (f". Patch the others alone: {others}" if others else "")
+            )
     if not found:
         of = f" of {package}" if package else ""
         rows = [row for row in FAMILIES if package in (None, row.package)]
         raise ValueError(
-            f"{type(module).__name__} holds no vision transformer{of} that tomesd knows. Known are "
-            f"{known(rows)}; for Stable Diffusion there is tomesd.apply_patch"
+            f"{type(module).__name__} holds no vision transformer{of} that tomesd knows{why_unfit(module)}. "
+            f"Known are {known(rows)}; for Stable Diffusion there is tomesd.apply_patch"
         )
     for network in found:
         if not network.sites:
