@@ -16,7 +16,8 @@ GRID = {"grid": (6, 8), "prefix": 1}
 def test_so_many_tokens_are_left_as_were_asked_for(how, keep, left):
     reduced = tome.reduce(X, keep, how=how, **GRID)
     assert reduced.tokens.shape == (2, 1 + left, 24)
-    assert reduced.positions.expand(2, -1, -1).shape == (2, left, 2)
+    assert reduced.positions.shape == (2, left, 2)
+    assert reduced.sizes.shape == (2, 1 + left)
     assert (reduced.sizes.sum(1) == 49).all()
     assert torch.equal(reduced.tokens[:, 0], X[:, 0])
     assert reduced.map.unmerge(reduced.tokens).shape == X.shape
@@ -39,7 +40,7 @@ def test_others_are_tokens_as_they_were(how):
     reduced = tome.reduce(X, 12, how=how, **GRID)
     kept = reduced.map.keep.expand(2, -1)
     assert torch.equal(reduced.tokens, X.gather(1, kept[..., None].expand(-1, -1, 24)))
-    place = reduced.map.keep[:, 1:] - 1
+    place = kept[:, 1:] - 1
     assert torch.equal(reduced.positions, torch.stack([place // 8, place % 8], -1).float())
     assert not torch.equal(tome.reduce(X, 12, how=how, seed=1, **GRID).map.keep, reduced.map.keep)
 
@@ -72,6 +73,20 @@ def test_merging_goes_on_from_what_a_patched_tower_has_left():
 
 
 @pytest.mark.parametrize("how", HOWS)
+def test_no_pictures_are_reduced_to_none(how):
+    reduced = tome.reduce(X[:0], 10, how=how, **GRID)
+    assert reduced.tokens.shape == (0, 11, 24)
+    assert reduced.positions.shape == (0, 10, 2)
+    assert tome.keep(X[:0, 1:], 0.5, (6, 8), how=how).shape == (0, 48)
+
+
+@pytest.mark.parametrize("rate", [1, -0.1, float("nan")])
+def test_a_rate_is_a_share(rate):
+    with pytest.raises(ValueError, match="rate must be from 0 to below 1, the share of tokens that goes"):
+        tome.keep(X[:, 1:], rate, grid=(6, 8))
+
+
+@pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("rate", [0, 0.1, 0.5, 0.99])
 def test_a_mask_keeps_exactly_the_rest_of_a_rate(how, rate):
     mask = tome.keep(X[:, 1:], rate, grid=(6, 8), how=how)
@@ -91,6 +106,9 @@ def test_a_mask_keeps_exactly_the_rest_of_a_rate(how, rate):
         ({"keep": True}, TypeError, "keep must be"),
         ({"how": "best"}, ValueError, "how must be one of merge, sample, random"),
         ({"grid": None}, ValueError, r"48 patches are no 6 x 6: pass grid=\(rows, columns\)"),
+        ({"grid": 8}, TypeError, r"grid must be \(rows, columns\), two integers above 0, got 8"),
+        ({"grid": (-6, -8)}, TypeError, r"two integers above 0, got \(-6, -8\)"),
+        ({"prefix": 49}, ValueError, "no patches to reduce: the features have no more"),
         ({"source": 3}, TypeError, "source must be a TokenMap"),
     ],
 )

@@ -158,3 +158,32 @@ def test_schedules_are_lists_that_are_kept_in_files(tmp_path):
     (tmp_path / "other.json").write_text("[8, 4]")
     with pytest.raises(TypeError, match=r"a schedule is described by \{\"r\": \[8, 4, 2\]\}, got \[8, 4\]"):
         tome.Schedule.load(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("about", [5, [1], {1: 2}, {"a": object()}])
+def test_what_is_known_of_a_schedule_is_plain_json(about):
+    with pytest.raises(TypeError, match="about must be a dict"):
+        tome.Schedule([1, 2], about)
+
+
+@pytest.mark.parametrize("left", [5, [1], [None, 1]])
+def test_a_schedule_prints_whatever_a_file_says_of_it(left):
+    assert "2" in str(tome.Schedule([1, 2], {"left": left}))
+
+
+@pytest.mark.parametrize("text", ["", '{"r":' + 100_000 * "[", "\xff"])
+def test_a_file_that_is_no_json_is_named(text, tmp_path):
+    (tmp_path / "schedule.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"schedule\.json is no JSON of a schedule"):
+        tome.Schedule.load(tmp_path / "schedule.json")
+
+
+def test_tune_leaves_what_the_last_forward_has_merged_to_be_seen():
+    model = tome.apply_patch(CASE.build(), trace_source=True)
+    model.r = 3
+    model(tiny_vit.images(2))
+    seen = tome.source(model)
+    tome.tune(model, tiny_vit.images(1), trials=0, progress=False)
+    assert tome.source(model) is seen
+    model(tiny_vit.images(2))
+    assert tome.source(model) is not seen

@@ -21,10 +21,13 @@ from tomesd import TokenMap
         (0.1, [0.1, 0.1, 0.1, 0.1]),
         ((0.25, -1.0), [0.5, pytest.approx(1 / 3), pytest.approx(1 / 6), 0.0]),
         ([0.5, 0.25], [0.5, 0.25, 0, 0]),
+        ([0.5, 0, 0.25], [0.5, 0, 0.25, 0]),
+        ((0.4, 1.0), [0.0, pytest.approx(0.8 / 3), 0.5, 0.5]),  # half of the tokens is the most
     ],
 )
 def test_schedules(r, want):
     assert tome.parse_r(4, r) == want
+    assert tome.parse_r(4, tome.parse_r(4, r)) == want
 
 
 def test_a_schedule_of_one_layer():
