@@ -1,5 +1,7 @@
 """tomesd.vit under what torch does to a model: programs of it, hooks on gradients, replicas, no samples."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny_vit
 import torch
@@ -47,6 +49,15 @@ def test_each_r_has_one_program_of_fixed_shapes():
     assert torch.sym_int not in targets
 
 
+def test_a_part_may_be_compiled_alone():
+    """Then some hooks of a block run in a program and others do not."""
+    case, model = CASES["timm ViT"], patched("timm ViT", 3)
+    with torch.no_grad():
+        want = case(model)
+        model.blocks[1].norm2.compile(backend="eager")
+        torch.testing.assert_close(case(model), want)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -85,8 +96,17 @@ def test_export_puts_others_in_the_place_of_blocks():
 
 @pytest.mark.parametrize(
     "name",
-    ["timm ViT", "timm parallel", "timm EVA02, post-norm", "torchvision", "transformers DINOv2"]
-    + ["transformers CLIP", "transformers YOLOS", "OpenAI CLIP", "DINO of torch.hub"],
+    [
+        "timm ViT",
+        "timm parallel",
+        "timm EVA02, post-norm",
+        "torchvision",
+        "transformers DINOv2",
+        "transformers CLIP",
+        "transformers YOLOS",
+        "OpenAI CLIP",
+        "DINO of torch.hub",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_full_backward_hooks_see_gradients_and_change_none(name):
@@ -134,3 +154,21 @@ def test_no_samples_are_no_error_where_the_plain_model_takes_them(name):
     model = patched(name)
     assert CASES[name](model, 0).shape[0] == 0
     assert CASES[name](model, 2).isfinite().all()
+
+
+def test_r_may_change_between_the_blocks_of_a_forward():
+    model = patched("timm ViT", 4)
+    x = model._pos_embed(model.patch_embed(tiny_vit.images()))
+    for block in list(model.blocks)[:2]:
+        x = block(x)
+    model.r, given = 0, x.clone()
+    assert torch.equal(model.blocks[2](x), model.blocks[2](given))
+
+
+def test_what_holds_or_wraps_a_model_is_told_what_to_pass():
+    model = tiny_vit._timm(VisionTransformer, depth=1)()
+    with pytest.raises(TypeError, match=r"got SimpleNamespace \(pass its \.model\)"):
+        tome.apply_patch(SimpleNamespace(model=model))
+    model.blocks[0] = nn.Sequential(model.blocks[0])
+    with pytest.raises(ValueError, match="patch the model first, and then wrap its blocks"):
+        tome.apply_patch(model)

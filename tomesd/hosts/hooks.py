@@ -78,14 +78,14 @@ class Argument:
 class PerThread(Generic[Record]):
     """A record for each thread that asks: one module may run in several threads, each on images of its own.
 
-    Code of torch.compile has one record: all that it keeps there lies between two of its own operations.
-    `make` makes a record.
+    Code of torch.compile has one record, and so has the thread that makes this: where a graph breaks, plain
+    code goes on with what is known. `make` makes a record.
     """
 
     def __init__(self, make: Callable[[], Record]) -> None:
         self.make = make
-        self.compiled = make()
         self.local = threading.local()
+        self.compiled = self.local.record = make()
 
     def get(self) -> Record:
         """The record of this thread."""

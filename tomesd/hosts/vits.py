@@ -55,9 +55,11 @@ class VisionFamily(Family):
             block = None if module is None else self.block(module)
             name = f"{self.path}.{child}"
             if module is None or block is None:
+                inside = module is not None and any(map(self.block, module.modules()))
                 raise ValueError(
                     f"{name} of {type(network).__name__} is a {type(module).__name__}; of {self.name} tomesd "
                     f"knows {', '.join(self.blocks)}"
+                    + (": patch the model first, and then wrap its blocks" if inside else "")
                 )
             attn = block.attn
             block = replace(block, end=last_called(module, block))
@@ -372,4 +374,6 @@ def checked(model: object) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
     kind = f"the class {model.__name__}: make one first" if isinstance(model, type) else type(model).__name__
-    raise TypeError(f"expected a torch module, got {kind} (for pipelines there is tomesd.apply_patch)")
+    has_one = isinstance(getattr(model, "model", None), nn.Module)  # a pipeline of transformers, say
+    instead = "pass its .model" if has_one else "for pipelines there is tomesd.apply_patch"
+    raise TypeError(f"expected a torch module, got {kind} ({instead})")

@@ -135,7 +135,9 @@ class LayerHooks(Hooks):
         first = patch.schedule.first
         own.merging = first <= self.layer
         if not own.merging:
-            return None
+            # Blocks before it may have merged by another r, and this one is given all tokens.
+            marked = isinstance(x, Tensor) and hasattr(x, STATE)
+            return self.tokens.put(args, kwargs, x.view_as(x)) if marked else None
         self.look_for_replaced(block, self.name, self.parts)
         if first == self.layer:
             return None

@@ -67,11 +67,13 @@ def found_state(x: Tensor) -> State | None:
 
     Backward hooks, FSDP and the like put a view in the place of what a module is given and returns.
     """
-    state: State | None = getattr(x, STATE, None)
-    if state is None and not torch.compiler.is_compiling():
-        shape, stride, of_view = getattr(_viewed(x), VIEWED, (None, None, None))
-        return of_view if (shape, stride) == (x.shape, x.stride()) else None
-    return state
+    if hasattr(x, STATE):  # not getattr with a default, which torch.compile does not guard
+        state: State | None = getattr(x, STATE)
+        return state
+    if torch.compiler.is_compiling():
+        return None
+    shape, stride, of_view = getattr(_viewed(x), VIEWED, (None, None, None))
+    return of_view if (shape, stride) == (x.shape, x.stride()) else None
 
 
 def _viewed(x: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ def state_of(x: Tensor, where: str) -> tuple[Merged | None, bool]:
     if state is None:
         raise RuntimeError(
             f"tomesd: the tokens at {where} do not come straight from the block before it. Something between "
-            "them made a new tensor: a hook, an adapter, FSDP, or activation checkpointing with "
+            "them made a new tensor: a hook, an adapter, a cast, or activation checkpointing with "
             "use_reentrant=True (use_reentrant=False works). Without it, or with model.r = 0, it runs"
         )
     carried, inside = state

@@ -10,7 +10,8 @@ from ..hosts.hooks import OWNER, patch_of, show_hooks_to_compile, take_off
 from ..hosts.vits import checked, find_networks
 from ..maths.token_map import TokenMap
 from ..methods.layers import attach
-from ..methods.layers_patch import Holder, LayersPatch, MergeLayers, Metric, Mode, Unmerge, is_copy
+from ..methods.layers_patch import Holder, LayersPatch, MergeLayers, Metric, Mode, is_copy
+from ..methods.layers_state import Unmerge
 
 Model = TypeVar("Model", bound=nn.Module)
 
