@@ -135,9 +135,11 @@ class LayerHooks(Hooks):
         first = patch.schedule.first
         own.merging = first <= self.layer
         if not own.merging:
-            # Blocks before it may have merged by another r, and this one is given all tokens.
-            marked = isinstance(x, Tensor) and hasattr(x, STATE)
-            return self.tokens.put(args, kwargs, x.view_as(x)) if marked else None
+            if not hasattr(x, STATE) or getattr(x, STATE)[0] is None:
+                return None
+            # Blocks before it have merged by another r, and this one is given all tokens.
+            x = x.view_as(x)
+            return self.tokens.put(args, kwargs, [x] if isinstance(given, list) else x)
         self.look_for_replaced(block, self.name, self.parts)
         if first == self.layer:
             return None

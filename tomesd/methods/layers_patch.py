@@ -109,8 +109,8 @@ def is_same(module: Any, known: nn.Module) -> bool:
 
 def is_watched(block: nn.Module) -> bool:
     """Whether somebody looks at what a block is given or returns, or at its gradients, beside our hooks."""
-    ours = len(block._forward_hooks) == len(block._forward_pre_hooks) == 1
-    return not ours or bool(block._backward_hooks or block._backward_pre_hooks)
+    looks = len(block._forward_hooks) > 1 or len(block._forward_pre_hooks) > 1
+    return looks or bool(block._backward_hooks or block._backward_pre_hooks)
 
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:
