@@ -50,6 +50,8 @@ class Schedule(list[int | float]):
     """
 
     def __init__(self, r: Iterable[int | float] = (), about: Mapping[str, Any] | None = None) -> None:
+        if isinstance(r, Mapping | str) or not isinstance(r, Iterable):
+            raise options.wrong_type("r", "a list, a number or a share for each layer", r)
         each = list(r)
         super().__init__(parse_r(len(each), each))
         if not isinstance(about, Mapping | None) or not all(isinstance(key, str) for key in about or {}):
@@ -82,12 +84,11 @@ class Schedule(list[int | float]):
         Raises:
             OSError, ValueError, TypeError: it cannot be read, is no JSON, or no schedule.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no JSON of a schedule: {error}") from None
-        if not isinstance(data, dict) or not isinstance(data.get("r"), list):
-            raise TypeError(f'a schedule is described by {{"r": [8, 4, 2]}}, got {data!r:.80}')
+        data = options.read_json(path, "a schedule")
+        if not isinstance(data, dict) or not isinstance(data.get("r"), list) or data.keys() - {"r", "about"}:
+            raise TypeError(
+                f'a schedule is described by {{"r": [8, 4, 2], "about": {{}}}}, got {options.shown(data)}'
+            )
         return Schedule(data["r"], data.get("about"))
 
 
@@ -202,7 +203,10 @@ class Judge:
 
     def __init__(self, model: nn.Module, network: nn.Module, images: Any) -> None:
         batches = [images] if isinstance(images, Tensor) else images
-        if not callable(images) and not (isinstance(batches, list | tuple) and batches):
+        is_some = (
+            isinstance(batches, list | tuple) and batches and all(isinstance(b, Tensor) for b in batches)
+        )
+        if not callable(images) and not is_some:
             raise options.wrong_type("images", "a tensor, a list of tensors or a function", images)
         self.run = images if callable(images) else lambda: [model(batch) for batch in batches]
         self.network: Any = network
