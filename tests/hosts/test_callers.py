@@ -380,7 +380,7 @@ def test_probes_are_not_where_others_watch_the_layers_of_attention(method):
         (MergeStage(), lambda block: block.attn1),
         (MergeStage(), lambda block: block.ff.net[0]),
     ],
-    ids=str,
+    ids=["to_q", "ff", "stage attn1", "stage ff"],
 )
 @pytest.mark.parametrize("before", [True, False])
 def test_hooks_of_others_that_are_given_merged_tokens_are_named(method, watched, before):
