@@ -8,6 +8,7 @@ import threading
 from functools import partial
 
 import pytest
+import tiny
 import torch
 from subjects import METHODS, QUICK, SUBJECTS, Subject, gradients, traces
 from torch.utils.checkpoint import checkpoint
@@ -427,3 +428,22 @@ def half_inputs():
     import tiny
 
     return (part.to(torch.bfloat16) for part in tiny.inputs(16, 16, 2))
+
+
+@pytest.mark.skipif("sdxl" not in SUBJECTS, reason="of diffusers")
+def test_each_size_has_a_compiled_program_of_its_own():
+    """With an open size planning would take minutes to compile."""
+    case, programs = tiny.CASES["sdxl"], []
+    model = case.build()
+    tomesd.apply_patch(model, tomesd.SampleKeys(probes=0))
+
+    def backend(graph, inputs):
+        programs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend)
+    for i, size in enumerate([(16, 16), (24, 16), (16, 24)]):
+        torch.testing.assert_close(case(compiled, *size), case(model, *size), atol=1e-5, rtol=1e-4)
+        assert len(programs) == i + 1
+    torch.compiler.reset()

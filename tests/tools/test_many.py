@@ -69,6 +69,7 @@ def by_two(draw, *arguments):
         port = free.getsockname()[1]
 
     def worker(rank):
+        PartialState._reset_state()  # of other tests of this process
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}.items():
             os.environ[name] = str(value)
         os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")

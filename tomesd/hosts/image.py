@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..maths.devices import is_exported, is_traced, untraced
-from ..maths.grid import shift_of
+from ..maths.devices import constant, is_exported, is_traced, untraced
+from ..maths.grid import number_of, shift_of
 from ..maths.token_map import TokenMap
 from .family import Site, submodule
 from .hooks import OWNER, Args, Argument, Kwargs, Patch, PerThread, hooks_before
@@ -97,20 +97,7 @@ class Step:
         if not isinstance(timestep, Tensor):
             return cls(0 if timestep is None else timestep)
         timestep = timestep.detach()  # deepcopy refuses tensors that have a history
-        return cls(timestep, None if torch.compiler.is_compiling() else _number(timestep))
-
-
-def _number(timestep: Tensor) -> int | None:
-    """Which of a scheduler's timesteps this is: those of a loop over them are views into their tensor.
-
-    A slice of one may be of a batch's timesteps as well, which some hosts take apart: that is none.
-    """
-    one = timestep.dim() == 0 or (timestep.numel() > 1 and not any(timestep.stride()))
-    try:
-        table = timestep.untyped_storage().nbytes() > timestep.element_size()
-    except NotImplementedError:  # of torch.func
-        return None
-    return int(timestep.storage_offset()) if one and table else None
+        return cls(timestep, None if torch.compiler.is_compiling() else number_of(timestep))
 
 
 @dataclass(eq=False)
@@ -139,10 +126,13 @@ class NetworkHooks:
         self.own = PerThread(Current)
         self.last: Step | None = None
         self.tables: dict[Hashable, Any] = {}
-        clock, last = (
+        clock, first, last = (
             next((module for path in paths if (module := submodule(network, path))), None)
-            for paths in (family.clock, family.last)
+            for paths in (family.clock, family.first, family.last)
         )
+        if first is not None:
+            self.image_given = Argument(first, "", 0)
+            patch.before(first, self.fix)
         self.has_clock = clock is not None and last is not None
         patch.before(network, self.begin)
         if clock is not None and last is not None:
@@ -170,6 +160,11 @@ class NetworkHooks:
         # Once in a forward: some give it other numbers as well, such as frames per second.
         if not self.own.get().begun:
             self.set(Step.at(self.given.get(args, kwargs)))
+
+    def fix(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Has torch.compile make a program for each size, where it would compute with an open one."""
+        for side in self.image_given.get(args, kwargs).shape[-2:]:
+            constant(side)
 
     def set(self, step: Step) -> None:
         own = self.own.get()
@@ -237,6 +232,7 @@ class ContainerHooks:
         b, h, w = x.shape[0], x.shape[-2], x.shape[-1]
         if is_traced() or is_exported():  # for images of one size
             h, w = int(h), int(w)
+        h, w = constant(h), constant(w)
         if is_traced():
             b = int(b)
         h, w = h // self.side, w // self.side
@@ -337,6 +333,7 @@ class BlockHooks:
         return token_map
 
     def enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        constant(self.tokens.get(args, kwargs).shape[1])  # blocks may be compiled alone
         own = self.own.get()
         own.call, own.planned = self.call_of(args, kwargs), None
         if torch.compiler.is_compiling() or not self.patch.is_owned:

@@ -17,6 +17,7 @@ class ImageFamily(Family):
 
     timestep: str = "timestep"  # the network's parameter
     clock: tuple[str, ...] = ()  # modules, of which it has one, that are given the timesteps early on
+    first: tuple[str, ...] = ()  # modules, of which it has one, that are given the latent image
     last: tuple[str, ...] = ()  # modules, of which it has one, that run after all blocks
     # Attributes of the network that hold its blocks, in the order of the forward pass.
     stages: tuple[str, ...] = ("down_blocks", "mid_block", "up_blocks")
@@ -75,6 +76,7 @@ class ImageFamily(Family):
 
 TEXT = "encoder_hidden_states"
 CLOCK = ("time_proj", "base_time_proj")
+FIRST = ("conv_in", "input_blocks.0.0")
 LAST = ("conv_out", "base_conv_out", "controlnet_mid_block")
 PLAIN = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor")
 BIASED = ("XFormersAttnProcessor", "AttnProcessorNPU")
@@ -136,6 +138,7 @@ FAMILIES = (
         ),
         blocks={"BasicTransformerBlock": BASIC},
         clock=CLOCK,
+        first=FIRST,
         last=LAST,
         containers=("Transformer2DModel",),
         carrier="cross_attention_kwargs",
@@ -151,6 +154,7 @@ FAMILIES = (
         networks=("UNet2DConditionModel",),
         blocks={"BasicTransformerBlock": KOHYA},
         clock=CLOCK,
+        first=FIRST,
         last=LAST,
         containers=("Transformer2DModel",),
         down=("Downsample2D",),
@@ -171,6 +175,7 @@ FAMILIES = (
         networks=("UNetSpatioTemporalConditionModel",),
         blocks={"BasicTransformerBlock": BASIC},
         clock=CLOCK,
+        first=FIRST,
         last=LAST,
         containers=("TransformerSpatioTemporalModel",),
         down=("Downsample2D",),

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.torch_version import TorchVersion
 
 # Before, torch.compile does not know guard_scalar, and few versions need it.
@@ -32,6 +31,8 @@ def constant(number: Any) -> Any:
     Once a number has changed it takes it for a symbol, and shapes that follow from that compile for minutes.
     """
     if HAS_CONSTANTS and torch.compiler.is_compiling() and isinstance(number, int | float):
+        from torch.fx.experimental.symbolic_shapes import guard_scalar  # takes long to import
+
         return guard_scalar(number)
     return number
 

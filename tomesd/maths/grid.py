@@ -140,6 +140,19 @@ def shift_of(timestep: Tensor | float, device: torch.device | None = None) -> Te
     return ((bits & MASK) * 0x9E3779B1 & MASK) >> 20
 
 
+def number_of(timestep: Tensor) -> int | None:
+    """Which of a scheduler's timesteps this is: those of a loop over them are views into their tensor.
+
+    A slice of one may be of a batch's timesteps as well, which some hosts take apart: that is none.
+    """
+    one = timestep.dim() == 0 or (timestep.numel() > 1 and not any(timestep.stride()))
+    try:
+        table = timestep.untyped_storage().nbytes() > timestep.element_size()
+    except NotImplementedError:  # of torch.func
+        return None
+    return int(timestep.storage_offset()) if one and table else None
+
+
 def cell_offsets(
     cells: int, options: int, seed: int, timestep: Tensor | float = 0, device: torch.device | None = None
 ) -> Tensor:
