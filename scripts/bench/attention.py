@@ -94,8 +94,8 @@ class Case:
         if probes is None:
             return y
         probes = probes + self.prefix
-        exact = self.attend(self.x[:, probes[0]], self.x)
-        return add_missed(y, self.x, probes, exact - y[:, probes[0]])
+        given = self.x[:, probes[0]]
+        return add_missed(y, self.x, probes, given, self.attend(given, self.x) - y[:, probes[0]])
 
 
 Way = Callable[[Case, float], Tensor]

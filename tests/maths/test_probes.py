@@ -11,7 +11,7 @@ N, C, E, P = 96, 6, 4, 24
 
 
 def add_missed(y, x, chosen, exact):
-    return module.add_missed(y, x, chosen, exact - take(y, chosen))
+    return module.add_missed(y, x, chosen, take(x, chosen), exact - take(y, chosen))
 
 
 def tokens(b=2, dtype=torch.float64):
@@ -35,7 +35,7 @@ def attend(x, keys):
 
 
 @pytest.mark.parametrize("b", [1, 2])
-def test_it_is_kernel_ridge_regression_by_plain_loops(b):
+def test_it_is_normalised_kernel_regression_by_plain_loops(b):
     x, chosen = tokens(), positions(b)
     y, exact = torch.randn(2, N, E, dtype=torch.float64), torch.randn(2, P, E, dtype=torch.float64)
     got = add_missed(y, x, chosen, exact)
@@ -44,8 +44,9 @@ def test_it_is_kernel_ridge_regression_by_plain_loops(b):
         near = x[i, at]
         size = (near - near.mean(0)).square().sum(1).mean()
         kernel = torch.exp(-(x[i][:, None] - near).square().sum(2) / (2 * size))
-        found = torch.linalg.inv(kernel[at] + RIDGE * torch.eye(P)) @ (exact[i] - y[i, at])
-        torch.testing.assert_close(got[i], y[i] + kernel @ found)
+        total = kernel.sum(1, keepdim=True)
+        found = torch.linalg.inv(kernel[at] + RIDGE * torch.eye(P)) @ (total[at] * (exact[i] - y[i, at]))
+        torch.testing.assert_close(got[i], y[i] + kernel / total @ found)
 
 
 def test_it_brings_attention_to_few_keys_nearer():
@@ -61,14 +62,14 @@ def test_where_nothing_is_missed_nothing_is_added():
     assert torch.equal(add_missed(y, x, chosen, take(y, chosen)), y)
 
 
-def test_far_from_all_probes_nothing_is_added():
+def test_far_from_all_probes_what_is_added_stays_of_the_size_of_what_they_missed():
     x, chosen = tokens(1), positions()
     far = next(n for n in range(N) if n not in chosen)
     x[0, far] *= 1000
     y = attend(x, x[:, ::4])
-    got = add_missed(y, x, chosen, take(attend(x, x), chosen))
-    assert torch.equal(got[0, far], y[0, far])
-    assert not torch.equal(got, y)
+    exact = take(attend(x, x), chosen)
+    added = add_missed(y, x, chosen, exact) - y
+    assert 0 < added[0, far].norm() < 10 * (exact - take(y, chosen)).norm(dim=2).max()
 
 
 @pytest.mark.parametrize("x", [torch.ones(1, N, C), torch.zeros(1, N, C)], ids=["equal", "zero"])
@@ -86,7 +87,7 @@ def test_half_precision(dtype):
     whole = add_missed(y, x, chosen, take(want, chosen))
     got = add_missed(*(z.to(dtype) for z in (y, x)), chosen, take(want, chosen).to(dtype))
     assert got.dtype == dtype
-    assert (got.double() - whole).norm() < 0.01 * whole.norm()
+    assert (got.double() - whole).norm() < 0.015 * whole.norm()
     inputs = [z.to(dtype).requires_grad_() for z in (y, x)]
     add_missed(*inputs, chosen, take(want, chosen).to(dtype)).sum().backward()
     assert all(z.grad.isfinite().all() for z in inputs)
@@ -121,4 +122,4 @@ def test_gradients():
 def test_a_device_that_cannot_solve_adds_nothing(monkeypatch):
     monkeypatch.setattr(module, "has_cholesky", lambda device: False)
     y = torch.randn(1, N, E)
-    assert module.add_missed(y, torch.randn(1, N, C), positions(), torch.randn(1, P, E)) is y
+    assert add_missed(y, torch.randn(1, N, C), positions(), torch.randn(1, P, E)) is y

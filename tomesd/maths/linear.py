@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .devices import has_cholesky
+from .numbers import kept, up_to
 from .token_map import TokenMap, in_full_precision
 
 # So many merged tokens are looked at; of each three, two are fitted and one judges the fit.
@@ -49,20 +51,23 @@ def unmerge_linear(token_map: TokenMap, x: Tensor, merged: Tensor, y: Tensor) ->
 
 def fit(x: Tensor, y: Tensor) -> Tensor:
     """The linear map `[B, C, D]` that makes `y` `[B, M, D]` of `x` `[B, M, C]` but for a constant, or 0."""
-    c, every = x.shape[2], -(-x.shape[1] // SAMPLE)
-    n = -(-x.shape[1] // every) // 3
-    # Each third one to the end, so that what is fitted and what judges are contiguous.
-    thirds = [z[:, : 3 * n * every : every].unflatten(1, (n, 3)).transpose(1, 2) for z in (x, y)]
+    (b, m, c), d = x.shape, y.shape[2]
+    every = -(-m // SAMPLE)
+    n = -(-m // every) // 3
+    # Each third one to the end, so that what is fitted and what judges are contiguous; outputs for each map.
+    tokens = [x, *[y] * (1 + len(RIDGES))]
+    thirds = [z[:, : 3 * n * every : every].unflatten(1, (n, 3)).transpose(1, 2) for z in tokens]
     sample = torch.cat(thirds, dim=3)
     sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
     sample = sample - sample.mean((1, 2), keepdim=True)
-    first, second = maps = ridge(sample[:, :2].flatten(1, 2), c)
-    given, wanted = sample[:, 2].tensor_split([c], dim=2)
-    missed = torch.linalg.vector_norm(wanted - given @ maps, dim=(2, 3), keepdim=True)
-    better = torch.where(missed[1] < missed[0], second, first)
-    # Not numbers are not less, so that a sample that has such falls back as well.
-    fits = missed.amin(0) < torch.linalg.vector_norm(wanted, dim=(1, 2), keepdim=True)
-    return torch.where(fits, better, 0)
+    judged = sample[:, 2]
+    maps = F.pad(ridge(sample[:, :2, :, : c + d].flatten(1, 2), c), (0, 0, d, 0))  # the first is 0
+    missed = torch.baddbmm(judged[..., c:], judged[..., :c], maps.mT, alpha=-1)
+    missed = torch.linalg.vector_norm(missed.unflatten(2, (-1, d)), dim=(1, 3))
+    # What is not a number comes last; where nothing is one, the map that is 0 stays first.
+    best = missed.sort(dim=1, stable=True).indices[:, 0]
+    chosen: Tensor = maps.unflatten(1, (-1, d))[up_to(b, x.device), best]
+    return chosen.mT
 
 
 def ridge(sample: Tensor, c: int) -> Tensor:
@@ -72,22 +77,33 @@ def ridge(sample: Tensor, c: int) -> Tensor:
         sample: `[B, n, C + D]`.
 
     Returns:
-        One for each of the ridges, `[2, B, C, D]`.
+        The transposed map of each of the ridges, one below the other, `[B, ridges * D, C]`.
     """
     x, y = sample[..., :c], sample[..., c:]
     if c <= sample.shape[1]:
-        gram = x.mT @ sample
-        return _solve(gram[..., :c], gram[..., c:], c)
+        gram, ridges = _gram(x.mT, sample, c)
+        return _solve(gram[..., :c], gram[..., c:], ridges[..., :c])
     # Of the two forms of the same solution this one has the smaller matrix.
-    return x.mT @ _solve(x @ x.mT, y, c)
+    gram, ridges = _gram(x, x.mT, c)
+    return _solve(gram, y, ridges) @ x
 
 
-def _solve(gram: Tensor, right: Tensor, c: int) -> Tensor:
-    # The trace of either form is the sum of the inputs' squares.
-    size = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).add_(TINY)
-    grams = gram.repeat(len(RIDGES), 1, 1, 1)
-    for i, share in enumerate(RIDGES):
-        grams[i].diagonal(dim1=1, dim2=2).add_(size, alpha=share * gram.shape[1] / c)
-    # cholesky_ex does not wait for the device to say whether it failed. Then there are no numbers, which fit
-    # nothing.
-    return torch.cholesky_solve(right.expand(len(RIDGES), *right.shape), torch.linalg.cholesky_ex(grams).L)
+def _gram(a: Tensor, b: Tensor, c: int) -> tuple[Tensor, Tensor]:
+    """`a @ b`, `[B, n, m]`, and the ridges where the mean of its diagonal is 1, `[ridges, n, m]`."""
+
+    def make() -> Tensor:
+        # The trace of either form is the sum of the inputs' squares.
+        share = torch.tensor(RIDGES, dtype=a.dtype, device=a.device) * n / c
+        return torch.eye(n, m, dtype=a.dtype, device=a.device) * share[:, None, None]
+
+    n, m = a.shape[1], b.shape[2]
+    ridges = kept(("ridges", n, m, c, a.dtype, RIDGES), a.device, make)
+    # Not quite a @ b, so that gradients are numbers where all tokens are the same.
+    return torch.baddbmm(ridges[0], a, b, beta=TINY), ridges
+
+
+def _solve(gram: Tensor, right: Tensor, ridges: Tensor) -> Tensor:
+    size = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None, None]
+    # cholesky_ex does not wait for the device to say whether it failed. Then there are no numbers.
+    root = torch.linalg.cholesky_ex(torch.addcmul(gram[:, None], size, ridges)).L
+    return torch.cholesky_solve(right[:, None].expand(-1, len(ridges), -1, -1), root).mT.flatten(1, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .grid import Grid, Partition
@@ -103,9 +104,10 @@ def match_windowed(
 ) -> TokenMap:
     """As exact matching, but a token may only join a dst of its own window of the image.
 
-    The r best pairs are still taken over the whole image. With windows of side w it costs
-    `N * w^2 / (sx * sy)` similarities instead of `N^2 / (sx * sy)`. Of a window in which a dst is not finite
-    tokens merge last. Groups are in no order.
+    Similarity is the cosine of what layer norms leave of tokens, which is what attention is given. The r best
+    pairs are still taken over the whole image. With windows of side w it costs `N * w^2 / (sx * sy)`
+    similarities instead of `N^2 / (sx * sy)`. Of a window in which a dst is not finite tokens merge last.
+    Groups are in no order.
 
     Args:
         metric: what is compared, floating point `[B, h * w, C]`.
@@ -115,12 +117,12 @@ def match_windowed(
         receivers: `windows.receivers(dst)`, if it is known already.
     """
     (b, n, c), cells, (count, k) = metric.shape, dst.shape[1], windows.cells.shape
-    norm = _norm(metric).clamp_min_(TINY)
     receivers = windows.receivers(dst) if receivers is None else receivers
-    members = metric.index_select(1, windows.tokens.flatten()).view(b * count, -1, c)
-    products = members @ _take(metric, receivers).view(b * count, k, c).mT
-    # The best dst does not depend on the length of src.
-    value, local = products.div_(_take(norm, receivers).view(b * count, 1, k)).max(dim=-1)
+    unit = F.layer_norm(metric, (c,), eps=TINY)
+    members = unit.index_select(1, windows.tokens.flatten()).view(b * count, -1, c)
+    there = _take(unit, receivers).view(b * count, k, c)
+    del unit  # the largest that is held
+    value, local = (members @ there.mT).max(dim=-1)
 
     def joined(choices: Tensor) -> Tensor:
         """Which of each window's `choices` `[1 or B, windows * K]` each token of the image takes."""
@@ -133,9 +135,9 @@ def match_windowed(
         cell = up_to(cells, dst.device)
         dst = dst.expand(b, -1)
         return TokenMap(index.scatter_(1, dst, cell.expand(b, -1)), dst)
-    score = value.view(b, -1).index_select(1, windows.slot) / norm
     # dst must rank below whatever may leave, or they could be among what leaves.
-    score = score.nan_to_num_(-2, -2, -2).scatter_(1, dst.expand(b, -1), -torch.inf)
+    score = value.view(b, -1).index_select(1, windows.slot).nan_to_num_(torch.finfo(value.dtype).min)
+    score.scatter_(1, dst.expand(b, -1), -torch.inf)
     keep = score.topk(n - r, dim=1, largest=False, sorted=False).indices
     stays_or_joins = joined(receivers).scatter_(1, keep, keep)
     # Of tokens that leave it is never read.

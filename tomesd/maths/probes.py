@@ -1,16 +1,16 @@
 """What attention to fewer keys misses, learned from a few queries that attend to all of them.
 
 A probe is a token whose attention to all keys is computed as well. What fewer keys missed there is known, and
-it is a smooth function of the query: kernel ridge regression carries it to all other tokens.
+it is a smooth function of the query: kernel regression carries it to all other tokens.
 
-    y_i += sum_p k(x_i, x_p) c_p,    k(a, b) = exp(-|a - b|^2 / 2 s),    (K + RIDGE) c = missed
+    y_i += sum_p w(x_i, p) c_p,    w(a, p) = k(a, x_p) / sum_q k(a, x_q),    k(a, b) = exp(-|a - b|^2 / 2 s)
 
-`s` is the mean square of the distance of probes from their mean. The kernel is the one of attention itself,
-whose weights are exponentials of products, but for factors of its own of each token, which keep it from
-growing: far from all probes nothing is added.
+`s` is the mean square of the distance of probes from their mean, and `c` is such that probes are given what
+they missed, but for a ridge. These weights are those of attention to the probes: factors of the query alone
+cancel, so that `w(a, .)` is the softmax of `a x_p' / s - |x_p|^2 / 2 s`.
 
-Source: kernel ridge regression, also known as kriging, as in Rasmussen and Williams, Gaussian Processes for
-Machine Learning, 2006.
+Source: kernel ridge regression as in Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006,
+with the normalised kernels of Nadaraya and Watson, 1964.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from .devices import has_cholesky
 from .token_map import _take, in_full_precision
 
-# .003 to .03 are alike; the highest of these leaves most room for what rounding does to the kernel.
+# .01 to .03 are alike; the highest of these leaves most room for rounding.
 RIDGE = 0.03
 # Tokens for each probe at least, so that probes cost little beside what they look at.
 SHARE = 16
@@ -33,7 +33,7 @@ def number_of_probes(most: int, tokens: int) -> int:
     return min(most, tokens // SHARE)
 
 
-def add_missed(y: Tensor, x: Tensor, probes: Tensor, missed: Tensor) -> Tensor:
+def add_missed(y: Tensor, x: Tensor, probes: Tensor, given: Tensor, missed: Tensor) -> Tensor:
     """Adds to the output of an attention to fewer keys what these missed.
 
     The fit is of each sample by itself and in float32, shapes are static, nothing waits for the device, and
@@ -43,6 +43,7 @@ def add_missed(y: Tensor, x: Tensor, probes: Tensor, missed: Tensor) -> Tensor:
         y: what attention to fewer keys gave, `[B, N, E]`.
         x: the tokens whose queries it had, `[B, N, C]`.
         probes: positions of P of them, int64 `[1 or B, P]`.
+        given: these tokens, `[B, P, C]`.
         missed: what attention to all keys gives them, less what that to fewer keys does, `[B, P, E]`.
 
     Returns:
@@ -51,33 +52,33 @@ def add_missed(y: Tensor, x: Tensor, probes: Tensor, missed: Tensor) -> Tensor:
     if not has_cholesky(y.device):
         return y
     with in_full_precision(y):
-        precise = torch.promote_types(y.dtype, torch.float32)
-        spread, centre = torch.var_mean(_take(x, probes).to(precise), dim=1, correction=0, keepdim=True)
+        dtype, precise = y.dtype, torch.promote_types(y.dtype, torch.float32)
+        x = x.to(dtype)
+        given = given.to(precise)
+        spread, centre = torch.var_mean(given, dim=1, correction=0, keepdim=True)
         # In half precision what is divided by less would overflow.
-        size = spread.sum(2, keepdim=True).clamp_min(TINY if y.dtype == precise else 1e-6)
-        # Distances do not depend on the centre, but their rounding does.
-        x = x.to(y.dtype) - centre.to(y.dtype)
-        of_x = torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=precise).square() / size
-        given, of_given = _take(x, probes), _take(of_x, probes)
-        kernel = closeness(x, of_x, given, of_given, size)
-        if y.dtype == precise:
-            among = _take(kernel, probes)
-        else:  # rounding could make this one of no factors
-            given = given.to(precise)
-            among = closeness(given, of_given, given, of_given, size)
-            if among.requires_grad:  # training needs it as it was
-                among = among.clone()
-        among.diagonal(dim1=1, dim2=2).add_(RIDGE)
+        size = spread.sum(2, keepdim=True).clamp_min(TINY if dtype == precise else 1e-6)
+        # What all probes share cancels as well, and would be rounded.
+        scaled = (given - centre) / size
+        lengths = (scaled * (given + centre)).sum(2)[:, None]
+        weights = nearness(x, scaled.to(dtype), lengths.to(dtype))
+        # Rounding could make a matrix of no factors.
+        among = _take(weights, probes) if dtype == precise else nearness(given, scaled, lengths)
+        # A probe is nearest to itself.
+        own = among.diagonal(dim1=1, dim2=2)[..., None]
+        kernel = among / own
+        kernel.diagonal(dim1=1, dim2=2).add_(RIDGE)
         # cholesky_ex does not wait for the device to say whether it failed.
-        root = torch.linalg.cholesky_ex(among).L
-        found = torch.cholesky_solve(missed.to(precise), root)
-        return torch.baddbmm(y, kernel, found.to(y.dtype))
+        root = torch.linalg.cholesky_ex(kernel).L
+        found = torch.cholesky_solve(missed.to(precise) / own, root)
+        return torch.baddbmm(y, weights, found.to(dtype))
 
 
-def closeness(a: Tensor, of_a: Tensor, b: Tensor, of_b: Tensor, size: Tensor) -> Tensor:
-    """`exp(-|a - b|^2 / 2 size)` of `a` `[B, N, C]` and `b` `[B, P, C]`: `[B, N, P]`.
+def nearness(x: Tensor, scaled: Tensor, lengths: Tensor) -> Tensor:
+    """The weight of each probe for tokens `x` `[B, N, C]`: `[B, N, P]`, of sum 1.
 
-    `of_a` and `of_b` are their lengths' squares, over `size`.
+    Args:
+        scaled: what tells probes from their mean, over the size of the kernel, `[B, P, C]`.
+        lengths: their lengths' squares over it, but for a constant, `[B, 1, P]`.
     """
-    of_a, of_b, scaled = of_a.to(a.dtype), of_b.to(a.dtype), (b / size).to(a.dtype)
-    return torch.baddbmm(of_a, a, scaled.mT, beta=-0.5).add_(of_b.mT, alpha=-0.5).exp_()
+    return torch.baddbmm(lengths, x, scaled.mT, beta=-0.5).softmax(2)

@@ -145,7 +145,8 @@ class FewerKeys(PartHooks):
         if alone and own.call is not None and self.only_attends(attn) and not self.is_cached(attn):
             probes = self.probes_of(own.call.image)
             if probes is not None:
-                own.given = x, probes, *self.keys.put(*self.tokens.put(args, kwargs, _take(x, probes)), x)
+                given = _take(x, probes)
+                own.given = x, probes, given, *self.keys.put(*self.tokens.put(args, kwargs, given), x)
         args, kwargs = self.bias_keys(attn, token_map, args, kwargs)
         return self.put_keys(args, kwargs, keys, few, lambda values: self.keys_of(values, token_map))
 
@@ -154,7 +155,7 @@ class FewerKeys(PartHooks):
         given, own.given = own.given, None
         if given is None:
             return output
-        x, probes, args, kwargs = given
+        x, probes, asked, args, kwargs = given
         # Past its hooks: to whoever counts or watches calls this is part of the one that has just been.
         exact = attn.forward(*args, **kwargs)
-        return add_missed(output, x, probes, exact - _take(output, probes))
+        return add_missed(output, x, probes, asked, exact - _take(output, probes))

@@ -183,17 +183,18 @@ class Patches:
         if out.shape[:2] != (b, n) or isinstance(method, Merge) or kept.probes is None:
             return out  # of queries that another node has merged or tiled, perhaps
         # Not what came out is compared: other nodes may have changed that on its way.
-        missed = self.ask(kept, kept.probes, kept.x) - self.ask(kept, kept.probes, kept.fewer, options)
-        return add_missed(out, kept.x, kept.probes, missed)
+        given = _take(kept.x, kept.probes)
+        missed = self.ask(kept, given, kept.x) - self.ask(kept, given, kept.fewer, options)
+        return add_missed(out, kept.x, kept.probes, given, missed)
 
-    def ask(self, kept: Kept, probes: Tensor, keys: Tensor, options: dict[str, Any] | None = None) -> Tensor:
-        """What a block's attention makes of some of its tokens, with these keys."""
+    def ask(self, kept: Kept, x: Tensor, keys: Tensor, options: dict[str, Any] | None = None) -> Tensor:
+        """What a block's attention makes of some of its tokens `x`, with these keys."""
         part, given = kept.site.block.attn, {}
         if options is not None and kept.bias is not None:
             self.bias.get()[:] = [kept.bias]
             given = {"transformer_options": options}
         attn = kept.site.module.get_submodule(part.path)
-        out: Tensor = attn.forward(_take(kept.x, probes), **{str(part.keys): keys}, **given)
+        out: Tensor = attn.forward(x, **{str(part.keys): keys}, **given)
         self.bias.get().clear()
         return out
 
