@@ -3,7 +3,7 @@
 Proportional attention: a key that stands for several tokens counts as many times (Bolya et al., 2023).
 
 That adds the logarithm of its size to the logits of a key. Where a kernel takes no such bias without losing
-its speed, the same is computed by two more channels of queries and keys.
+its speed, the same is computed by one more channel of queries and keys.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .devices import is_traced
+from .numbers import kept
 from .token_map import TokenMap
 
 # Parameters of `scaled_dot_product_attention`, in order.
@@ -62,7 +63,7 @@ def merge_mask(token_map: TokenMap, mask: Tensor, mode: str) -> Tensor:
 class KeyBias(Tensor):
     """A mask `[B, 1, 1, N]` that `scaled_dot_product_attention` takes without leaving its fastest kernel.
 
-    CUDA's flash attention has no mask, so this one goes in as channels of queries and keys. It stays what it
+    CUDA's flash attention has no mask, so this one goes in as a channel of queries and keys. It stays what it
     is when it is reshaped, and is a plain tensor to all other functions.
     """
 
@@ -93,17 +94,19 @@ def biased_attention(
     d, dv = query.shape[-1], value.shape[-1]
     usual: float = d**-0.5
     scale = usual if scale is None else scale
-    # In two channels of half precision: what the first one rounds off goes into the second.
-    precise = (bias.to(torch.float32) / scale).transpose(-1, -2)
-    high = precise.to(key.dtype)
-    low = (precise - high.to(torch.float32)).to(key.dtype)
-    width = -(-(max(d + 2, dv)) // ALIGNMENT) * ALIGNMENT
+    width = -(-(max(d + 1, dv)) // ALIGNMENT) * ALIGNMENT
 
-    def padded(x: Tensor, *channels: Tensor) -> Tensor:
-        extra = [channel.expand(*x.shape[:-1], 1) for channel in channels]
-        zeros = x.new_zeros(1).expand(*x.shape[:-1], width - x.shape[-1] - len(extra))
-        return torch.cat([x, *extra, zeros], dim=-1)
+    def constant(one: int, zeros: int, like: Tensor) -> Tensor:
+        made = kept(
+            ("channels", one, zeros, like.dtype),
+            like.device,
+            lambda: torch.tensor([1.0] * one + [0.0] * zeros, dtype=like.dtype, device=like.device),
+        )
+        return made.expand(*like.shape[:-1], -1)
 
-    one = query.new_ones(1)
-    query, key = padded(query, one, one), padded(key, high, low)
-    return F.scaled_dot_product_attention(query, key, padded(value), scale=scale, **options)[..., :dv]
+    # One more channel: 1 of each query, the bias of each key.
+    weighed = (bias / scale).to(key.dtype).transpose(-1, -2).expand(*key.shape[:-1], 1)
+    query = torch.cat([query, constant(1, width - d - 1, query)], dim=-1)
+    key = torch.cat([key, weighed, constant(0, width - d - 1, key)], dim=-1)
+    value = torch.cat([value, constant(0, width - dv, value)], dim=-1)
+    return F.scaled_dot_product_attention(query, key, value, scale=scale, **options)[..., :dv]
