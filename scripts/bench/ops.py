@@ -20,6 +20,7 @@ from tomesd import TokenMap
 from tomesd.commands.common import Parser, check_parent, environment, guarded, positive, timed, write_csv
 from tomesd.commands.pipelines import pick_device
 from tomesd.maths.attention import biased_attention
+from tomesd.maths.linear import unmerge_linear
 
 PROGRAM = "python scripts/bench ops"
 Ways = dict[str, Callable[[], Tensor]]
@@ -52,6 +53,7 @@ def merging(side: int, dtype: torch.dtype, device: str) -> Ways:
         "unmerge": lambda: token_map.unmerge(y),
         "  y[flat]": lambda: groups[flat],
         "  torch.gather, expanded index": lambda: y.gather(1, wide),
+        "  linear": lambda: unmerge_linear(token_map, x, y, y),
     }
 
 
