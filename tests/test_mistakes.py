@@ -1,6 +1,7 @@
 """Mistakes that people make with the public names: one clear sentence each, before anything has changed."""
 
 import json
+import os
 import warnings
 
 import numpy as np
@@ -11,10 +12,13 @@ import torch
 import tomesd
 from tomesd import DeepShrink, Merge, MergeKeys, Recipe, TokenMap, TokenMerger
 from tomesd import merge as M
+from tomesd import vit as tome
+from tomesd.methods import files
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 METHOD = '{"method": "Merge"}'
 X = torch.randn(2, 64, 8)
+LINEAR = torch.nn.Linear(1, 1)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,26 @@ def test_a_recipe_may_begin_with_a_mark_of_its_encoding(tmp_path):
     assert file.read_text() == "as it was"
 
 
+def test_files_are_written_whole_or_not_at_all_and_devices_stay(tmp_path):
+    file, link, pipe = tmp_path / "recipe.json", tmp_path / "link.json", tmp_path / "pipe"
+    file.write_text("as it was")
+    with pytest.raises(UnicodeEncodeError), files.whole(file) as part:
+        part.write_text("ü", encoding="ascii")
+    assert file.read_text() == "as it was"
+    link.symlink_to(file)
+    recipe = Recipe({"a": Merge()})
+    recipe.save(link)
+    assert link.is_symlink()
+    assert Recipe.load(file) == recipe
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    recipe.save(pipe)  # as /dev/stdout or /dev/null
+    assert json.loads(os.read(reader, 9999)) == recipe.to_dict()
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "pipe", "recipe.json"]
+
+
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
@@ -97,6 +121,41 @@ def test_a_recipe_may_begin_with_a_mark_of_its_encoding(tmp_path):
         (lambda: TokenMap.from_index([[0, 0]], 1), TypeError, "index must be a tensor, got list"),
         (lambda: TokenMap.from_index(torch.zeros(1, 2).long(), "1"), TypeError, "groups must be an integer"),
         (lambda: TokenMerger(X, 8, mask_id=2**64), ValueError, "mask_id must fit into int64"),
+        (
+            lambda: M.merge_wavg(M.bipartite_soft_matching(X, 2), X),
+            TypeError,
+            "the two callables .* got tuple",
+        ),
+        (lambda: M.merge_source(X, M.do_nothing), TypeError, "the two callables .* got Tensor"),
+        (
+            lambda: M.merge_wavg(M.do_nothing, X, X[..., 0]),
+            ValueError,
+            r"size must be \[2, 64, 1\] .*\[2, 64\]",
+        ),
+        (lambda: M.compute_merge(X, {}), TypeError, r'a dict with "size" and "args", got \[\]'),
+        (
+            lambda: M.compute_merge(X, {"size": (8, 8), "args": {"ratio": "1"}}),
+            TypeError,
+            "ratio must be a number, got '1'",
+        ),
+        (lambda: TokenMap.identity("4"), TypeError, "n must be an integer, got '4'"),
+        (lambda: TokenMap.identity(4).compose(None), TypeError, "then must be a TokenMap, got NoneType"),
+        (lambda: TokenMap.identity(64).merge(X, size=[1]), TypeError, "size must be a tensor, got list"),
+        (lambda: Recipe.load(None), TypeError, "path must be that of a file, .* got None"),
+        (lambda: Recipe({"a": Merge()}).save(5), TypeError, "path must be that of a file, .* got 5"),
+        (lambda: tome.Schedule([1]).save(None), TypeError, "path must be that of a file, .* got None"),
+        (lambda: tome.parse_r("4", 8), TypeError, "layers must be an integer, got '4'"),
+        (
+            lambda: tome.parse_r(4, (-float("inf"), -1)),
+            TypeError,
+            r"r must be an integer, .* got \(-inf, -1\)",
+        ),
+        (lambda: tome.utils.benchmark(None), TypeError, "expected a torch module, got NoneType"),
+        (lambda: tome.utils.benchmark(LINEAR, "gpu"), TypeError, "device must be a name .* got 'gpu'"),
+        (lambda: tome.utils.benchmark(LINEAR, None), TypeError, "device must be a name .* got None"),
+        (lambda: tome.utils.benchmark(LINEAR, "cpu", 224), TypeError, "input_size must be .* got 224"),
+        (lambda: tome.utils.benchmark(LINEAR, "cpu", (1,), "1"), TypeError, "batch_size must be an integer"),
+        (lambda: tome.utils.benchmark(LINEAR, "cpu", (1,), 1, 2.0), TypeError, "runs must be an integer"),
     ],
 )
 def test_values_are_checked(make, error, says):
@@ -105,6 +164,7 @@ def test_values_are_checked(make, error, says):
 
 
 def test_options_become_plain_python():
+    assert tome.reduce(X, np.int64(16)).tokens.shape == (2, 16, 8)
     shrink = DeepShrink(np.float32(2), downsample=np.int64(4))
     assert repr(shrink) == "DeepShrink(factor=2.0, until=0.35, downsample=4)"
     assert repr(TokenMerger(X, 8).chain(X[:, :56])) == (

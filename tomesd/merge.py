@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -133,9 +134,16 @@ def merge_wavg(merge: Merge, x: Tensor, size: Tensor | None = None) -> tuple[Ten
 
     Returns:
         The merged tokens `[B, M, C]` and their sizes `[B, M, 1]`.
+
+    Raises:
+        TypeError: `merge` is no callable, such as the pair that the functions above return, or `x` no tensor.
+        ValueError: sizes of another shape.
     """
+    _check_merge(merge, x)
     if size is None:
         size = torch.ones_like(x[..., :1])
+    if size.shape != (*x.shape[:-1], 1):
+        raise ValueError(f"size must be {[*x.shape[:-1], 1]} as the tokens, got {list(size.shape)}")
     return merge(x, size=size[..., 0]), merge(size, mode="sum")
 
 
@@ -146,13 +154,17 @@ def merge_source(merge: Merge, x: Tensor, source: Tensor | None = None) -> Tenso
         merge: as returned by the functions above.
         x: the tokens that are merged, `[B, N, C]`; read for its shape alone.
         source: the result of the previous layer's call, `[B, N, N0]`.
+
+    Raises:
+        TypeError: as in `merge_wavg`.
     """
+    _check_merge(merge, x)
     if source is None:
         source = torch.eye(x.shape[1], device=x.device).expand(x.shape[0], -1, -1)
     return merge(source, mode="amax")
 
 
-def do_nothing(x: Tensor, mode: str | None = None) -> Tensor:
+def do_nothing(x: Tensor, mode: str | None = None, size: Tensor | None = None) -> Tensor:
     """The merge and the unmerge of tokens that stay: gives back `x`. What tomesd 0.1.3 calls so."""
     return x
 
@@ -170,10 +182,16 @@ def compute_merge(x: Tensor, tome_info: Mapping[str, Any]) -> tuple[Callable[...
         Six callables: merge for self-attention, cross-attention and the feed-forward layers, and unmerge.
 
     Raises:
+        TypeError: `tome_info` is no such dict, or the ratio no number.
         ValueError: these are not the tokens of an image of that size.
     """
+    if not isinstance(tome_info, Mapping) or not {"size", "args"} <= set(tome_info):
+        given = list(tome_info) if isinstance(tome_info, Mapping) else type(tome_info).__name__
+        raise TypeError(f'tome_info must be a dict with "size" and "args", got {given}')
     args: dict[str, Any] = dict(max_downsample=1, ratio=0.5, sx=2, sy=2, use_rand=True, merge_attn=True)
     args |= dict(tome_info["args"])
+    if not isinstance(args["ratio"], Real):
+        raise TypeError(f"ratio must be a number, got {args['ratio']!r}")
     height, width = tome_info["size"]
     downsample = max(1, round(math.sqrt(height * width / x.shape[1])))
     both: tuple[Merge, Unmerge] = (do_nothing, do_nothing)
@@ -194,6 +212,15 @@ def _check_metric(metric: Tensor) -> None:
         raise TypeError(f"metric must be a floating point tensor, got {kind}")
     if metric.dim() != 3:
         raise ValueError(f"metric must be [B, N, C], got {list(metric.shape)}")
+
+
+def _check_merge(merge: Any, x: Any) -> None:
+    if not callable(merge):
+        raise TypeError(
+            f"merge must be the first of the two callables of a matching, got {type(merge).__name__}"
+        )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
 
 
 def _check_generator(generator: Any) -> None:

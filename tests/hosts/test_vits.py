@@ -6,6 +6,7 @@ import time
 
 import accelerate.hooks
 import ddp_worker
+import numpy as np
 import pytest
 import tiny_vit
 import torch
@@ -577,7 +578,10 @@ def test_sources_are_of_the_last_forward_and_of_known_layers():
         assert tome.source(model, 1).groups == 65 - 16
         with pytest.raises(RuntimeError, match="no sources yet"):
             tome.source(model)
-    for layer in (4, -5, "a"):
+    assert tome.source(model, np.int64(1)).groups == 65 - 16
+    with pytest.raises(TypeError, match="layer must be an integer, got 'a'"):
+        tome.source(model, "a")
+    for layer in (4, -5):
         with pytest.raises(ValueError, match="layer must be from -4 to 3, got"):
             tome.source(model, layer)
     with pytest.raises(KeyError, match="'sizes' is none of r, size, source"):

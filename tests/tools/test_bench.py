@@ -12,7 +12,7 @@ from tiny import peer
 
 import tomesd
 from tomesd.__main__ import main
-from tomesd.commands import bench, common, memory, models, runs
+from tomesd.commands import bench, common, memory, models, plot, runs
 from tomesd.commands.ways import WAYS, Sliced, Way, at
 from tomesd.hosts.hooks import show_hooks_to_compile
 
@@ -222,10 +222,16 @@ def test_plot_names_mistakes(tmp_path, capsys):
     empty, other = tmp_path / "empty.csv", tmp_path / "other.csv"
     common.write_csv([dict.fromkeys(("size", "way", "level", "model", "dtype", *bench.FIGURES), "")], other)
     empty.touch()
+    row = dict.fromkeys((*plot.PANEL, "size", "way", *bench.FIGURES), "1")
+    odd, words = tmp_path / "odd.csv", tmp_path / "words.csv"
+    common.write_csv([row, row | {"size": "sixty"}], odd)
+    common.write_csv([row | {"speed": "fast"}], words)
     for path, says in [
         (tmp_path / "none.csv", "No such file"),
         (empty, "no column"),
         (other, "no column batch"),
+        (odd, "odd.csv, line 3: not of `bench --csv`: 'sixty' is neither a side"),
+        (words, "words.csv, line 2: not of `bench --csv`: could not convert string to float: 'fast'"),
     ]:
         assert main(["plot", str(path)]) == 2
         assert says in capsys.readouterr().err

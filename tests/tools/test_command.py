@@ -54,6 +54,28 @@ def test_a_picture_of_no_known_kind_is_refused_before_anything_is_drawn(name, tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_output_that_is_closed_or_lacks_letters_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["--version"]) == 0
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert common.guarded("x", lambda: print("Rübe") or 0) == 0
+    assert written.getvalue().strip() == rb"R\xfcbe"
+
+
+def test_prompts_may_begin_with_a_mark_of_their_encoding(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("red apple\n", encoding="utf-8-sig")
+    assert pipelines.prompts_in(file) == ["red apple"]
+
+
+def test_a_list_is_no_pipeline(tmp_path):
+    (tmp_path / "model_index.json").write_text("[]")
+    with pytest.raises(common.UserError, match="it names no parts of a pipeline"):
+        pipelines.check_model(str(tmp_path))
+
+
 def test_users_without_a_home_have_a_cache(monkeypatch):
     def nobody():
         raise RuntimeError("Could not determine home directory.")
@@ -135,8 +157,12 @@ def test_what_merged_is_drawn(tmp_path, capsys):
     assert width > 1.8 * height  # two levels; the picture and three steps
     assert main([*call, "--at", "1", "7"]) == 2
     assert "there are steps 0 to 2, not 1, 7" in capsys.readouterr().err
+    assert main([*call, "--at", "-1"]) == 2
+    assert "argument --at: '-1' is not the number of a step" in capsys.readouterr().err
     assert main([*call, "--block", "unet.nowhere"]) == 2
-    assert "unet.nowhere merged nothing; these did: unet.down_blocks.0" in capsys.readouterr().err
+    said = capsys.readouterr().err  # before it draws
+    assert "nothing merges at unet.nowhere, only at unet.down_blocks.0" in said
+    assert "trace: red apple" not in said
     assert main([*call, "--ratio", "0"]) == 2
     assert main([*call[:3], "--out", "no/where.png"]) == 2
 

@@ -53,6 +53,8 @@ def test_one_picture_merged_and_repeated(tmp_path, capsys):
         (["--model", "nobody/nothing"], "cannot get the model 'nobody/nothing'"),
         (["--device", "abacus"], "--device abacus: there is no such device"),
         ([" "], "a prompt is empty"),
+        (["R\udcfcbe"], r"the prompt 'R\udcfcbe' is no text in utf-8"),
+        (["--model", "~nobody-here/x"], "there is no folder ~nobody-here/x: Could not determine home"),
         (["--guidance", "-2"], "argument --guidance: '-2' is not a number of at least 0"),
         (["--seed", "-5"], "argument --seed: '-5' is not a whole number in 0..2^63-1"),
         (

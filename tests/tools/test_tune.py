@@ -150,6 +150,7 @@ def test_a_network_needs_a_function_that_draws():
         ({"speed": 1}, ValueError, "speed must be above 1, got 1"),
         ({"psnr": 0}, ValueError, "psnr must be above 0, got 0"),
         ({"error": float("nan")}, ValueError, "error must be above 0, got nan"),
+        ({"psnr": float("inf")}, ValueError, "psnr must be a finite number, got inf"),
         ({"speed": "2"}, TypeError, "speed must be a number, got '2'"),
         ({"methods": [0.5]}, TypeError, r"each of methods must be a method such as Merge\(0\.5\), got 0\.5"),
     ],

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import csv
 import importlib.metadata
+import io
 import math
 import os
 import platform
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..methods import files
 from ..tools import extras
 from .torchvision import mend_torchvision
 
@@ -115,6 +117,7 @@ def dispatch(
 
 def guarded(program: str, call: Callable[[], int], if_full: str = "smaller sizes or batches") -> int:
     """The exit code of a call; mistakes are explained in a line. `if_full`: what to try if memory ends."""
+    take_any_text()
     try:
         try:
             return call()
@@ -137,6 +140,16 @@ def guarded(program: str, call: Callable[[], int], if_full: str = "smaller sizes
             raise
         say(f"{program}: error: out of memory; try {if_full}")
         return 2
+
+
+def take_any_text() -> None:
+    """Makes printing safe where output is closed, or in an encoding that lacks letters of a path."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def need(module: str) -> Any:
@@ -162,6 +175,12 @@ def size(text: str) -> tuple[int, int]:
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def step(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a step, from 0 on")
     return int(text)
 
 
@@ -292,12 +311,8 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 def whole(path: Path) -> Iterator[Path]:
     """A path to write to; what is written there appears as `path` at the end, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"partial-{path.name}")
-    try:
+    with files.whole(path) as part:
         yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def kept(path: Path, read: Callable[[Path], Result]) -> Result | None:

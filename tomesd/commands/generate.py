@@ -113,9 +113,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def check_cheap(args: argparse.Namespace) -> None:
     """Whatever can be known to be wrong before the slow imports."""
-    for prompt in args.prompts:
-        if not prompt.strip():
-            raise UserError("a prompt is empty")
+    options.check_prompts(args.prompts)
     if len(args.prompts) > 1 and not any(" " in p.strip() for p in args.prompts):
         say(f"note: {len(args.prompts)} prompts of one word each; put a prompt of several words in quotes")
     options.check_picture(args)

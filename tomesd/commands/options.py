@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import inspect
 import math
+import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,17 @@ def add_picture(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", type=positive, help="denoising steps (default: 20, or the pipeline's own)")
     p.add_argument("--guidance", type=guidance, help="guidance scale (default: 3, or the pipeline's own)")
     p.add_argument("--seed", type=seed, default=0, help="seed of every picture (default: 0)")
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises a UserError for a prompt that no tokenizer could read."""
+    for prompt in prompts:
+        if not prompt.strip():
+            raise UserError("a prompt is empty")
+        try:
+            prompt.encode()
+        except UnicodeError:  # bytes of another encoding than that of the command line
+            raise UserError(f"the prompt {prompt!r} is no text in {sys.getfilesystemencoding()}") from None
 
 
 def check_picture(args: argparse.Namespace) -> None:

@@ -81,10 +81,15 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 def check_model(model: str) -> None:
     """Raises a UserError for what cannot be a pipeline, before anything slow is imported."""
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise UserError(f"there is no folder {model}: {first_line(error)}") from None
     if path.is_dir():
         try:
-            json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+            index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+            if not isinstance(index, dict):
+                raise ValueError("it names no parts of a pipeline")
         except FileNotFoundError:
             raise UserError(f"{path} is not a pipeline folder: it has no model_index.json") from None
         except (OSError, ValueError) as error:
@@ -92,7 +97,7 @@ def check_model(model: str) -> None:
     elif path.is_file():
         raise UserError(f"{path} is a file; a model is the folder or hub id of a diffusers pipeline")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
-        raise UserError(f"there is no folder {path}, and {model!r} cannot be a hub id (owner/name)")
+        raise UserError(f"there is no folder {model}, and {model!r} cannot be a hub id (owner/name)")
 
 
 def load_pipeline(
@@ -142,7 +147,8 @@ def prompts_in(file: Path) -> list[str]:
         UserError: it cannot be read, or there are none.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Some editors begin a file with a mark of its encoding.
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise UserError(f"argument --prompts-file: {error}") from error
     except UnicodeError:

@@ -52,7 +52,7 @@ def read(paths: list[Path]) -> list[Point]:
     rows: list[Point] = []
     for path in paths:
         try:
-            file = path.open(newline="", encoding="utf-8", errors="replace")
+            file = path.open(newline="", encoding="utf-8-sig", errors="replace")
         except OSError as error:
             raise UserError(str(error)) from None
         with file:
@@ -60,10 +60,21 @@ def read(paths: list[Path]) -> list[Point]:
             missing = {*PANEL, "way", "size", *FIGURES} - set(reader.fieldnames or [])
             if missing:
                 raise UserError(f"{path} has no column {', '.join(sorted(missing))}: not of `bench --csv`")
-            rows += [row for row in reader if row["median_s"] and row["speed"]]
+            try:
+                rows += [checked(row) for row in reader if row["median_s"] and row["speed"]]
+            except (csv.Error, ValueError, argparse.ArgumentTypeError) as error:
+                raise UserError(f"{path}, line {reader.line_num}: not of `bench --csv`: {error}") from None
     if not rows:
         raise UserError(f"no way was measured in {', '.join(map(str, paths))}")
     return rows
+
+
+def checked(row: Point) -> Point:
+    """A row, if its size and its figures are some; else a ValueError or an ArgumentTypeError."""
+    common.size(row["size"])
+    for name in FIGURES:
+        float(row[name] or 0)
+    return row
 
 
 def title(rows: list[Point], key: tuple[str, ...]) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import tomesd
 
 from . import options, plot
-from .common import Parser, UserError, guarded, need
+from .common import Parser, UserError, guarded, need, step
 from .generate import Drawer
 from .pipelines import check_model, check_pipeline_size, find_model, load_pipeline, pick_device, pick_dtype
 
@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=find_model, help="folder or hub id; emoji is the shipped one")
     parser.add_argument("prompt", help="what to draw, in quotes")
     parser.add_argument("--out", type=Path, required=True, metavar="PICTURE", help="where to draw it")
-    parser.add_argument("--at", type=int, nargs="+", metavar="STEP", help="from 0 (first, middle and last)")
+    parser.add_argument("--at", type=step, nargs="+", metavar="STEP", help="from 0 (first, middle and last)")
     parser.add_argument("--block", help="as `tomesd explain` lists it (the first one of each level)")
     options.add_method(parser)
     options.add_picture(parser)
@@ -75,6 +75,7 @@ def draw(picture: Image.Image, shown: dict[str, list[tomesd.Plan]], prompt: str)
 
 
 def run(args: argparse.Namespace) -> int:
+    options.check_prompts([args.prompt])
     options.check_picture(args)
     plot.check_file(args.out, "--out")
     if options.method_asked(args, tell=True) is None:
@@ -86,6 +87,9 @@ def run(args: argparse.Namespace) -> int:
     pipe = load_pipeline(args.model, device, pick_dtype("auto", device))
     check_pipeline_size(pipe, args.size)
     options.patch_as_asked(pipe, args)
+    merging = [row.name for row in tomesd.explain(pipe).rows if row.method is not None]
+    if args.block and args.block not in merging:
+        raise UserError(f"argument --block: nothing merges at {args.block}, only at {', '.join(merging)}")
     with tomesd.trace(pipe) as plans:
         picture = Drawer(args, pipe, device).draw(args.prompt, "trace")
     shown = choose(plans, args)

@@ -44,6 +44,7 @@ class TokenMap:
     @classmethod
     def identity(cls, n: int, device: torch.device | str | None = None) -> TokenMap:
         """The map of `n` tokens that merges nothing."""
+        check_integers(n=n)
         index = torch.arange(n, device=device)[None]
         return cls(index, index)
 
@@ -149,6 +150,8 @@ class TokenMap:
 
     def compose(self, then: TokenMap) -> TokenMap:
         """The map that does this one's merging and then that of `then`, a map of this one's M groups."""
+        if not isinstance(then, TokenMap):
+            raise TypeError(f"then must be a TokenMap, got {type(then).__name__}")
         if then.tokens != self.groups:
             raise ValueError(f"a map of {then.tokens} tokens cannot follow one that leaves {self.groups}")
         if then.index.shape[0] == self.index.shape[0]:
@@ -175,6 +178,7 @@ class TokenMap:
             `"drop"` asks whether any token of the group is True. Gradients flow to `x`.
 
         Raises:
+            TypeError: `x` or `size` is no tensor.
             ValueError: unknown mode, or a shape that does not fit this map.
         """
         if mode not in MODES:
@@ -182,8 +186,11 @@ class TokenMap:
         if size is not None and mode not in ("mean", "mlerp"):
             raise ValueError(f"size weighs the modes mean and mlerp only, got mode {mode!r}")
         self._check(x, self.tokens, "merge")
-        if size is not None and size.shape != x.shape[:2]:
-            raise ValueError(f"size must be {list(x.shape[:2])} as the tokens, got {list(size.shape)}")
+        if size is not None:
+            if not isinstance(size, Tensor):
+                raise TypeError(f"size must be a tensor, got {type(size).__name__}")
+            if size.shape != x.shape[:2]:
+                raise ValueError(f"size must be {list(x.shape[:2])} as the tokens, got {list(size.shape)}")
         if self.is_identity:
             return x
         if mode == "drop":

@@ -238,7 +238,8 @@ class LayersPatch(Patch):
 
     def source(self, layer: int) -> TokenMap:
         """The map from the original tokens to those after a layer of the last forward."""
-        if not isinstance(layer, int) or not -self.layers <= layer < self.layers:
+        layer = options.integer("layer", layer)
+        if not -self.layers <= layer < self.layers:
             raise ValueError(f"layer must be from {-self.layers} to {self.layers - 1}, got {layer!r}")
         if not self.trace_source:
             raise ValueError("no sources are kept: patch the model with trace_source=True")

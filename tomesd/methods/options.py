@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 from ..hosts.hooks import level_of_user
@@ -83,27 +81,3 @@ def capped_share(value: Any, sx: int, sy: int) -> float:
             stacklevel=level_of_user(),
         )
     return min(ratio, most)
-
-
-def read_json(path: str | Path, what: str) -> Any:
-    """What is in a file of JSON; `what` is what it should be.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON.
-    """
-    try:
-        # Some editors begin a file with a mark of its encoding.
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_named_once)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is a file of JSON, and {path} is none: {error}") from None
-
-
-def _named_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, of whose names none may be there twice: the first one would be lost."""
-    data: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in data:
-            raise ValueError(f"{shown(name)} is there twice")
-        data[name] = value
-    return data

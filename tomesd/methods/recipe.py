@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .files import path_of, read_json, write_json
 from .method import Method
-from .options import read_json, shown, wrong_type
+from .options import shown, wrong_type
 
 
 class Recipe(Mapping[str, Method]):
@@ -61,17 +61,17 @@ class Recipe(Mapping[str, Method]):
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
-        """Writes the recipe to a file, as JSON.
+        """Writes the recipe to a file, as JSON, whole or not at all.
 
         Raises:
             OSError: it cannot be written.
-            TypeError: `about` holds what is no plain JSON.
+            TypeError: `path` is none, or `about` holds what is no plain JSON.
         """
+        path = path_of(path)
         try:
-            text = json.dumps(self.to_dict(), indent=1) + "\n"
+            write_json(self.to_dict(), path, indent=1)
         except TypeError as error:
             raise TypeError(f"about must be plain JSON to be kept in a file: {error}") from None
-        Path(path).write_text(text, encoding="utf-8")
 
     @staticmethod
     def load(path: str | Path) -> Recipe:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from typing import Any, TypeAlias
+
+from .options import integer
 
 R: TypeAlias = int | float | tuple[int | float, float] | list[int] | list[float]
 FORMS = "an integer, a share below 1, one of them with an inflection (r, inflection), or a list of one kind"
@@ -25,11 +28,12 @@ def parse_r(layers: int, r: R) -> list[int | float]:
             not yet: whatever the size of the image, each layer then leaves `1 - r` of them.
 
     Raises:
-        TypeError: r is none of these.
+        TypeError: r is none of these, or `layers` no integer.
         ValueError: a negative number, an inflection out of range, or more numbers than layers.
 
     Source: Bolya et al., Token Merging: Your ViT But Faster, 2023.
     """
+    layers = integer("layers", layers, least=0)
     numbers = r if isinstance(r, tuple | list) else (r,)
     if any(isinstance(number, bool) for number in numbers):
         raise TypeError(f"r must be {FORMS}, got {r!r}")
@@ -62,7 +66,7 @@ def _kind(number: Any) -> str:
     """Whether a number is one of tokens or a share of them; else nothing."""
     if isinstance(number, Integral):
         return "tokens"
-    return "share" if isinstance(number, Real) and float(number) < 1 else ""
+    return "share" if isinstance(number, Real) and -math.inf < float(number) < 1 else ""
 
 
 def _plain(number: Any) -> int | float:

@@ -129,6 +129,8 @@ class Wish(NamedTuple):
         limit, least_of = options.number(name, value), 1 if name == "speed" else 0
         if not limit > least_of:
             raise ValueError(f"{name} must be above {least_of}, got {limit:g}")
+        if math.isinf(limit):
+            raise ValueError(f"{name} must be a finite number, got {limit:g}")
         return cls(name, limit)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import nn
 
+from ..hosts.vits import checked
+from ..methods import options
 from ..tools.extras import need
 
 
@@ -39,9 +42,18 @@ def benchmark(
 
     Raises:
         ImportError: `verbose` without tqdm.
+        TypeError: the model is no module, or an option of the wrong type.
         ValueError: fewer than one counted run, or a device that is not there.
     """
-    device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+    model = checked(model)
+    runs, batch_size = options.integer("runs", runs), options.integer("batch_size", batch_size)
+    throw_out = options.number("throw_out", throw_out)
+    if not isinstance(input_size, Sequence) or isinstance(input_size, str):
+        raise options.wrong_type("input_size", "channels, height and width, as (3, 224, 224)", input_size)
+    try:
+        device = torch.device(f"cuda:{device}" if isinstance(device, Integral) else device)
+    except (TypeError, RuntimeError):
+        raise options.wrong_type("device", 'a name such as "cpu", or the number of a GPU', device) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f'there is no {device}: pass device="cpu"')
     warm_up = int(runs * throw_out)

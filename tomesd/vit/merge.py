@@ -2,6 +2,7 @@
 
 from ..merge import (
     bipartite_soft_matching,
+    do_nothing,
     kth_bipartite_soft_matching,
     merge_source,
     merge_wavg,
@@ -10,6 +11,7 @@ from ..merge import (
 
 __all__ = [
     "bipartite_soft_matching",
+    "do_nothing",
     "kth_bipartite_soft_matching",
     "merge_source",
     "merge_wavg",

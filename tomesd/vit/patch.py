@@ -151,6 +151,7 @@ def source(model: nn.Module, layer: int = -1) -> TokenMap:
         layer: counted from 0, or from the last one backwards.
 
     Raises:
+        TypeError: the model is no module, or `layer` no integer.
         ValueError: the model is not patched, or not with `trace_source=True`, or has several networks, or no
             such layer.
         RuntimeError: it did not run yet.
@@ -169,8 +170,8 @@ def _apply(model: Model, package: str | None, method: MergeLayers) -> Model:
     ours = "_tome_info" in vars(holder) or patch_of(holder) is not None
     if not ours and _has_own_r(holder):
         raise ValueError(
-            f"{type(holder).__name__} has an attribute r of its own, which tomesd would overwrite (the r of "
-            "a patch below a wrapper is set by tome.set_r)"
+            f"{type(holder).__name__} has an attribute r of its own, which tomesd would overwrite: if it is "
+            "yours, `del model.r`, and set it after apply_patch (below a wrapper by tome.set_r)"
         )
     patches = [LayersPatch(network, method) for network in networks]
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -149,7 +150,7 @@ def _grid(grid: Any, patches: int) -> tuple[int, int]:
 
 def _count(keep: Any, patches: int) -> int:
     options.number("keep", keep, "a number of patches or a share of them")
-    count = keep if isinstance(keep, int) else max(1, int(keep * patches)) if 0 < keep < 1 else 0
+    count = int(keep) if isinstance(keep, Integral) else max(1, int(keep * patches)) if 0 < keep < 1 else 0
     if not 1 <= count <= patches:
         raise ValueError(f"keep must be from 1 to {patches} patches, or a share below 1, got {keep}")
     return count

@@ -26,6 +26,7 @@ from ..hosts.hooks import patch_of
 from ..hosts.vits import VisionFamily, find_networks
 from ..methods import options
 from ..methods.cost import Work, layer_work
+from ..methods.files import read_json, write_json
 from ..methods.layers_patch import LayersPatch
 from ..methods.schedule import R, parse_r
 from ..tools.trials import shown
@@ -73,9 +74,8 @@ class Schedule(list[int | float]):
         return "\n".join([*lines, ", ".join(known)] if known else lines)
 
     def save(self, path: str | Path) -> None:
-        """Writes the schedule to a file, as JSON."""
-        data = {"r": list(self), "about": self.about}
-        Path(path).write_text(json.dumps(data) + "\n", encoding="utf-8")
+        """Writes the schedule to a file, as JSON, whole or not at all."""
+        write_json({"r": list(self), "about": self.about}, path)
 
     @staticmethod
     def load(path: str | Path) -> Schedule:
@@ -84,7 +84,7 @@ class Schedule(list[int | float]):
         Raises:
             OSError, ValueError, TypeError: it cannot be read, is no JSON, or no schedule.
         """
-        data = options.read_json(path, "a schedule")
+        data = read_json(path, "a schedule")
         if not isinstance(data, dict) or not isinstance(data.get("r"), list) or data.keys() - {"r", "about"}:
             raise TypeError(
                 f'a schedule is described by {{"r": [8, 4, 2], "about": {{}}}}, got {options.shown(data)}'
