@@ -197,7 +197,7 @@ def compute_merge(x: Tensor, tome_info: Mapping[str, Any]) -> tuple[Callable[...
     both: tuple[Merge, Unmerge] = (do_nothing, do_nothing)
     if downsample <= args["max_downsample"]:
         w, h = -(-width // downsample), -(-height // downsample)
-        r = int(x.shape[1] * args["ratio"])
+        r = int(x.shape[1] * float(args["ratio"]))
         generator = args.get("generator") if args["use_rand"] else None
         both = bipartite_soft_matching_random2d(
             x, w, h, args["sx"], args["sy"], r, no_rand=not args["use_rand"], generator=generator
