@@ -141,6 +141,8 @@ def test_the_method_of_the_guide_is_all_that_a_method_takes():
             plain = case(model)
             tomesd.apply_patch(model, method(0))
             assert torch.equal(case(model), plain)
+            tomesd.apply_patch(model, method(0.5), auto=True)
+            case(model)
             tomesd.apply_patch(model, method(0.5))
             assert not torch.equal(case(model), plain)
             assert "Forget(0.5)" in str(tomesd.explain(model))

@@ -332,8 +332,9 @@ def test_same_seed_same_result_whatever_ran_before(subject: Subject, option):
     subject.call(model, t=400)
     assert same(subject.call(model), first)
     assert same(torch.get_rng_state(), state)
-    subject.patch(model, type(method).from_dict({**method.to_dict(), "seed": 4}))
-    assert not same(subject.call(model), first)
+    if hasattr(method, "seed"):
+        subject.patch(model, type(method).from_dict({**method.to_dict(), "seed": 4}))
+        assert not same(subject.call(model), first)
 
 
 @drawing

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 import tomesd
+from tomesd.hosts.family import Block, Part, Site
 from tomesd.methods import cost
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -158,3 +159,16 @@ def test_auto_compiles_to_the_answer_for_each_size(monkeypatch):
     for size, expected in zip(sizes, want, strict=True):
         torch.testing.assert_close(call(compiled, *size), expected)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("layers", [("qkv", "out"), ("q", "kv", "out")], ids=str)
+def test_a_layer_that_makes_several_of_queries_keys_and_values_costs_as_much_as_these(layers):
+    def flops(layers, **wide):
+        attn = torch.nn.ModuleDict({name: torch.nn.Linear(16, wide.get(name, 16)) for name in layers})
+        attn.heads = 4
+        block = Block("norm", Part("attn", layers=layers))
+        return cost.work_of([Site("", torch.nn.ModuleDict({"attn": attn}), block, attn)], ["attn"]).flops(
+            64, 32
+        )
+
+    assert flops(layers, qkv=48, kv=32) == flops(("q", "k", "v", "out"))

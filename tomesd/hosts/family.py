@@ -34,9 +34,9 @@ class Part:
     orderless: tuple[str, ...] = ()  # others to which it makes no difference where in the image a token is
     cache: str | None = None  # an attribute in which hosts keep its output for other steps
     keepers: tuple[str, ...] = ()  # others that keep a map of attention, which hosts read as of all tokens
-    # What it costs is known by the layers that make its queries, keys and values, the one after attention,
-    # and the attribute that is the number of its heads.
-    layers: tuple[str, str, str, str] = ("to_q", "to_k", "to_v", "to_out")
+    # What it costs is known by the layers that make its queries, keys and values, which may be fewer than
+    # three, the one after attention, and the attribute that is the number of its heads.
+    layers: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out")
     heads: str = "heads"
     # Whether it has the keys of the text, or the path of an attribute of the block that says so.
     sees_text: bool | str = False

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from operator import index
 from typing import Any, Literal, TypeAlias
 
@@ -76,12 +77,15 @@ def work_of(
                 linears += _linears(part, "left")
                 continue
             keys: Rows = TEXT_TOKENS if site.sees_text(name) else "left"
-            row, before = site.block.parts[name], len(linears)
-            for layer, rows in zip(row.layers, (queries, keys, keys, queries), strict=True):
-                linears += _linears(submodule(part, layer), rows)
+            row = site.block.parts[name]
+            seen: tuple[Rows, ...] = (queries, *[keys] * (len(row.layers) - 2), queries)
+            layers = [
+                _linears(submodule(part, path), rows) for path, rows in zip(row.layers, seen, strict=True)
+            ]
+            linears += chain.from_iterable(layers)
             heads = getattr(part, row.heads, None)
-            if heads and len(linears) > before:
-                attentions.append((queries, keys, heads, linears[before][2] // heads))
+            if heads and layers[-1]:
+                attentions.append((queries, keys, heads, layers[-1][0][1] // heads))
     return Work(tuple(linears), tuple(attentions), merges)
 
 
@@ -126,7 +130,8 @@ class PlanIfItPays:
 
     def __init__(self, method: Planner, work: Work) -> None:
         self.method = method
-        self.question = work, replace(method, seed=0)  # a seed takes no time
+        # A seed takes no time.
+        self.question = work, replace(method, seed=0) if hasattr(method, "seed") else method
 
     def __call__(self, x: Tensor, image: Image) -> TokenMap:
         # torch.compile may take the sides of an image as unknown; the answer is for these ones.

@@ -66,9 +66,9 @@ class SampledKeys(FewerKeys):
     """One self-attention whose keys are a sample."""
 
     @property
-    def layers(self) -> tuple[str, str]:
+    def layers(self) -> tuple[str, ...]:
         """The layers of keys and of values."""
-        return self.part.layers[1:3]
+        return self.part.layers[1:-1]
 
     def attach(self, patch: Patch, attn: nn.Module) -> None:
         super().attach(patch, attn)
