@@ -9,8 +9,14 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 folder="${1:-$root/outputs/gpu}"
 (($#)) && shift
 all=(unet 4k sdxl compiled tune vit ops block)
+for name in "$@"; do
+    if [[ " ${all[*]} " != *" $name "* ]]; then
+        echo "bench_gpu.sh: there is no part $name, only ${all[*]}" >&2
+        exit 2
+    fi
+done
 (($#)) || set -- "${all[@]}"
-mkdir -p "$folder"
+mkdir -p "$folder" || exit 2
 # From any folder, this checkout of tomesd.
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 

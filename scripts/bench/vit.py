@@ -132,6 +132,16 @@ def row_of(run: Run, figures: Row, batch: int) -> Row:
     return {**row, "peak_mib": run.peak, "note": run.note}
 
 
+def known_model(text: str) -> str:
+    """A name of timm, with or without `_224`, and perhaps `@` and a side in pixels."""
+    name, at, side = text.partition("@")
+    if not (timm.is_model(name) or timm.is_model(f"{name}_224")):
+        raise argparse.ArgumentTypeError(f"timm has no model {name}")
+    if at and not side.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a name nor name@size, such as {name}@384")
+    return text
+
+
 def run_all(args: argparse.Namespace) -> list[Row]:
     split = [model.partition("@") for model in args.models]
     models = [(name, side) for name, _, at in split for side in ([int(at)] if at else args.sizes)]
@@ -189,7 +199,9 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 
 def run(arguments: Sequence[str] | None) -> int:
     parser = Parser(PROGRAM, __doc__)
-    parser.add_argument("--models", nargs="+", default=MODELS, help="names of timm, or name@size")
+    parser.add_argument(
+        "--models", type=known_model, nargs="+", default=MODELS, help="names of timm, or name@size"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 384], help="for models without @size")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])

@@ -178,7 +178,18 @@ def test_parts_of_the_gpu_benchmark_go_on_where_one_fails(tmp_path):
     ]
     assert len((tmp_path / "calls").read_text().splitlines()) == 10
     assert run("ops", "tune").returncode == 0
-    assert run("nonsense", "ops").returncode == 1
+    refused = run("nonsense", "ops")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "there is no part nonsense, only unet 4k sdxl" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("nope", "timm has no model nope"), ("vit_tiny_patch16@x", "is neither a name nor name@size")],
+)
+def test_models_that_timm_lacks_are_named(name, says, capsys):
+    assert vit.main(["--models", name]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_a_step_is_modelled_by_data_sheets(capsys):
