@@ -78,7 +78,8 @@ def work_of(
                 continue
             keys: Rows = TEXT_TOKENS if site.sees_text(name) else "left"
             row = site.block.parts[name]
-            seen: tuple[Rows, ...] = (queries, *[keys] * (len(row.layers) - 2), queries)
+            middle: list[Rows] = [keys] * (len(row.layers) - 2)
+            seen: list[Rows] = [queries, *middle, queries]
             layers = [
                 _linears(submodule(part, path), rows) for path, rows in zip(row.layers, seen, strict=True)
             ]
