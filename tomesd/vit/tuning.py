@@ -64,13 +64,13 @@ def tune(
             that run the model on a batch each and return what is to stay near. By default that is each
             tensor that the model returns.
         flops: the operations of its blocks that may be left, a share of those without merging.
-        trials: how much work: as much as running the model so often on all images.
+        trials: how long to search: as long as it takes to run the model so often on all images.
         progress: whether to show a bar, where tqdm is installed.
 
     Returns:
         A list for `model.r`. Its `about` has the share of the operations that is left, the relative error of
-        what the model returns (root of the mean square), and that of the best of some shapes made by hand:
-        constant, falling, rising, and constant in the first layers only.
+        what the model returns (the mean over pictures), and that of the schedule that the search began with:
+        the best of constant, falling and rising ones, and of some that merge in the first layers only.
 
     Raises:
         TypeError: an option of the wrong type, or nothing was returned that has a row for each picture.
@@ -113,9 +113,9 @@ def search(
         least = operations.share([operations.tokens] * len(operations.works))
         raise ValueError(f"no schedule leaves {limit:g} of the operations: {least:.3g} is the least")
     best = start = reduce(judge.nearer, starts)
-    chance, seen = random.Random(0), set(map(tuple, starts))
+    chance, seen, until = random.Random(0), set(map(tuple, starts)), judge.ran
     for _ in trials:
-        until = judge.ran + len(judge.batches)
+        until += len(judge.batches)
         while judge.ran < until:
             drawn = (exchanged(best, operations, limit, chance) for _ in range(DRAWS))
             twice = (exchanged(r, operations, limit, chance) if chance.random() < 0.5 else r for r in drawn)
