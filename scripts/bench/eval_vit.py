@@ -21,6 +21,7 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ MATCHED = {"PiToMe": "energy", "ATM": "sizes", "DiffRate": "attention"}
 WAYS |= dict.fromkeys(MATCHED, TOME)
 R = int | tuple[int, float] | list[int] | tome.Schedule
 # So many pictures, without their classes, are tuned on: the last ones, which no probe learns from.
-TUNED = 128
+TUNED = 512
 
 
 @contextmanager
@@ -181,10 +182,10 @@ def nearest(x: Tensor, classes: Tensor, train: Tensor, train_classes: Tensor, k:
 def tuned(model: nn.Module, way: str, flops: str, args: argparse.Namespace) -> tome.Schedule:
     """A schedule that leaves a share of the operations of the blocks, by what probes see."""
     pictures = fashion_mnist("train", 60_000)[0][-TUNED:]
-    batches = [prepare(part, args) for part in pictures.split(args.batch_size)]
+    batches = [prepare(part, args) for part in pictures.split(16)]
     tome.apply_patch(model, **WAYS[way])
     try:
-        schedule = tome.tune(model, lambda: [pooled(model, x) for x in batches], float(flops))
+        schedule = tome.tune(model, [partial(pooled, model, x) for x in batches], float(flops))
     finally:
         tome.remove_patch(model)
     print(schedule, flush=True)

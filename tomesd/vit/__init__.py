@@ -6,7 +6,8 @@ from ..methods.schedule import parse_r
 from . import merge, patch, utils
 from .patch import apply_patch, remove_patch, set_r, source
 from .reduction import Reduced, keep, reduce
-from .tuning import Schedule, tune
+from .schedules import Schedule
+from .tuning import tune
 from .vis import make_visualization
 
 __all__ = [

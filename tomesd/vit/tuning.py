@@ -1,21 +1,21 @@
 """tune: how many tokens each layer merges, searched on the user's model and pictures.
 
 What merging does in a layer depends on what has merged before it, so errors of layers do not add, and each
-schedule is judged as a whole. The search begins with the best of some that are made by hand. In each trial a
-layer is given another number, and a second layer the least that the operations then allow.
+schedule is judged as a whole. The search begins with the best of some shapes. Then a layer is given another
+number, and a second one the least that the operations then allow. Most of what is drawn so is worse than what
+is there, and a few pictures show it: only what is nearer on them is judged on twice as many.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial, reduce
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,104 +26,51 @@ from ..hosts.hooks import patch_of
 from ..hosts.vits import VisionFamily, find_networks
 from ..methods import options
 from ..methods.cost import Work, layer_work
-from ..methods.files import read_json, write_json
 from ..methods.layers_patch import LayersPatch
 from ..methods.schedule import R, parse_r
 from ..tools.trials import shown
 from .patch import apply_patch, remove_patch
+from .schedules import Schedule
 
 # So many exchanges are drawn for one that was not judged yet.
 DRAWS = 100
+# Pictures that are judged at once.
+BATCH = 16
 
-
-class Schedule(list[int | float]):
-    """What merges in each layer, for `model.r`. `print` shows it as a table.
-
-        schedule = tome.Schedule.load("schedule.json")
-        model.r = schedule
-
-    Args:
-        r: a number of tokens, or a share of them, for each layer.
-        about: what is known of it, such as what `tune` has measured, by name: plain JSON.
-
-    Raises:
-        TypeError, ValueError: `r` is no list that `parse_r` takes, or `about` is no dict of JSON.
-    """
-
-    def __init__(self, r: Iterable[int | float] = (), about: Mapping[str, Any] | None = None) -> None:
-        if isinstance(r, Mapping | str) or not isinstance(r, Iterable):
-            raise options.wrong_type("r", "a list, a number or a share for each layer", r)
-        each = list(r)
-        super().__init__(parse_r(len(each), each))
-        if not isinstance(about, Mapping | None) or not all(isinstance(key, str) for key in about or {}):
-            raise options.wrong_type("about", "a dict by names", about)
-        try:
-            self.about: dict[str, Any] = json.loads(json.dumps(dict(about or {})))
-        except (TypeError, ValueError, RecursionError):
-            raise options.wrong_type("about", "a dict of plain JSON", about) from None
-
-    def __str__(self) -> str:
-        about, left = dict(self.about), self.about.get("left")
-        if isinstance(left, list) and len(left) == len(self):
-            del about["left"]
-        else:  # not of this schedule
-            left = [""] * len(self)
-        rows = [("layer", "r", "left"), *zip(range(1, len(self) + 1), self, left, strict=True)]
-        lines = [f"{layer:>5}  {r:>5}  {n!s:>5}".rstrip() for layer, r, n in rows]
-        known = [f"{key.replace('_', ' ')} {value}" for key, value in about.items()]
-        return "\n".join([*lines, ", ".join(known)] if known else lines)
-
-    def save(self, path: str | Path) -> None:
-        """Writes the schedule to a file, as JSON, whole or not at all."""
-        write_json({"r": list(self), "about": self.about}, path)
-
-    @staticmethod
-    def load(path: str | Path) -> Schedule:
-        """Reads what `save` has written. Files of strangers are safe: there is no code in them.
-
-        Raises:
-            OSError, ValueError, TypeError: it cannot be read, is no JSON, or no schedule.
-        """
-        data = read_json(path, "a schedule")
-        if not isinstance(data, dict) or not isinstance(data.get("r"), list) or data.keys() - {"r", "about"}:
-            raise TypeError(
-                f'a schedule is described by {{"r": [8, 4, 2], "about": {{}}}}, got {options.shown(data)}'
-            )
-        return Schedule(data["r"], data.get("about"))
+Images = Tensor | Callable[[], Any]
 
 
 def tune(
     model: nn.Module,
-    images: Tensor | Sequence[Tensor] | Callable[[], Any],
+    images: Images | Sequence[Images],
     flops: float = 0.5,
     *,
-    trials: int = 200,
+    trials: int = 50,
     progress: bool = True,
 ) -> Schedule:
     """Finds how many tokens each layer is to merge, so that a model returns what is nearest to plain.
 
-        schedule = tome.tune(model, images, flops=0.5)  # some 100 of them, prepared for the model
+        schedule = tome.tune(model, images, flops=0.5)  # some 500 of them, prepared for the model
         tome.apply_patch(model)
         model.r = schedule
         schedule.save("schedule.json")
 
-    Pictures need no labels, and nothing is trained. The result is for this model and this size of pictures,
-    and never further from plain than a constant r, `(r, -0.5)`, `(r, -1.0)`, a share, or the same r in the
-    first half or three quarters of the layers, each at these operations.
+    Pictures need no labels, and nothing is trained. The result is for this model and this size of pictures.
 
     Args:
         model: holds one vision transformer. It is left as it was: a patched one is judged with the options
             of its patch, another one with the default ones.
-        images: `[B, 3, H, W]`, or several such batches; or, for models that take more than images, a function
-            that runs the model and returns what is to stay near. By default that is each tensor that the
-            model returns.
+        images: `[B, 3, H, W]`, or several such batches; or, for models that take more than images, functions
+            that run the model on a batch each and return what is to stay near. By default that is each
+            tensor that the model returns.
         flops: the operations of its blocks that may be left, a share of those without merging.
-        trials: how often the model is run on all images, beside the schedules made by hand.
+        trials: how long to search: as long as it takes to run the model so often on all images.
         progress: whether to show a bar, where tqdm is installed.
 
     Returns:
         A list for `model.r`. Its `about` has the share of the operations that is left, the relative error of
-        what the model returns (root of the mean square), and that of the best schedule made by hand.
+        what the model returns (the mean over pictures), and that of the schedule that the search began with:
+        the best of constant, falling and rising ones, and of some that merge in the first layers only.
 
     Raises:
         TypeError: an option of the wrong type, or nothing was returned that has a row for each picture.
@@ -144,14 +91,14 @@ def tune(
         raise ValueError("tune compares what a model returns: call model.eval() first")
     with merging(model, networks[0]) as patch:
         judge = Judge(model, networks[0].module, images)
-        operations = Operations.of(networks[0], patch, judge.run)
+        operations = Operations.of(networks[0], patch, judge.batches[0])
         best, start = search(judge, operations, limit, shown(range(trials)) if progress else range(trials))
     if math.isinf(judge(best)):
-        raise ValueError("nothing can be judged: there are no pictures, or what comes out is not finite")
+        raise ValueError("nothing can be judged: what the model returns is not finite, or has no rows")
     figures = {
         "flops": operations.share(best),
-        "error": math.sqrt(judge(best)),
-        "error_by_hand": math.sqrt(judge(start)),
+        "error": judge(best),
+        "error_by_hand": judge(start),
     }
     about = {key: float(f"{value:.4g}") for key, value in figures.items()}
     return Schedule(best, {**about, "left": operations.left(best)})
@@ -165,14 +112,18 @@ def search(
     if not starts:
         least = operations.share([operations.tokens] * len(operations.works))
         raise ValueError(f"no schedule leaves {limit:g} of the operations: {least:.3g} is the least")
-    best = start = min(starts, key=judge)
-    chance = random.Random(0)
+    best = start = reduce(judge.nearer, starts)
+    chance, seen, until = random.Random(0), set(map(tuple, starts)), judge.ran
     for _ in trials:
-        drawn = (exchanged(best, operations, limit, chance) for _ in range(DRAWS))
-        new = next((r for r in drawn if r is not None and tuple(r) not in judge.known), None)
-        if new is None:
-            break
-        best = min(best, new, key=judge)
+        until += len(judge.batches)
+        while judge.ran < until:
+            drawn = (exchanged(best, operations, limit, chance) for _ in range(DRAWS))
+            twice = (exchanged(r, operations, limit, chance) if chance.random() < 0.5 else r for r in drawn)
+            new = next((r for r in twice if tuple(r) not in seen), None)
+            if new is None:
+                return best, start
+            seen.add(tuple(new))
+            best = judge.nearer(best, new)
     return best, start
 
 
@@ -199,37 +150,59 @@ def merging(model: nn.Module, network: Network[VisionFamily]) -> Iterator[Layers
 
 
 class Judge:
-    """How far what a model returns with a schedule is from plain: mean square of the relative errors."""
+    """How far what a model returns with a schedule is from plain: the mean of the relative errors."""
 
     def __init__(self, model: nn.Module, network: nn.Module, images: Any) -> None:
-        batches = [images] if isinstance(images, Tensor) else images
-        is_some = (
-            isinstance(batches, list | tuple) and batches and all(isinstance(b, Tensor) for b in batches)
-        )
-        if not callable(images) and not is_some:
-            raise options.wrong_type("images", "a tensor, a list of tensors or a function", images)
-        self.run = images if callable(images) else lambda: [model(batch) for batch in batches]
+        given = list(images) if isinstance(images, list | tuple) else [images]
+        if not given or not all(isinstance(batch, Tensor) or callable(batch) for batch in given):
+            raise options.wrong_type("images", "a tensor, a function or a list of them", images)
+        self.batches: list[Callable[[], Any]] = []
+        for batch in given:
+            if isinstance(batch, Tensor):
+                self.batches += [partial(model, part) for part in batch.split(BATCH) if len(part)]
+            else:
+                self.batches.append(batch)
+        if not self.batches:
+            raise ValueError("nothing can be judged: there are no pictures")
         self.network: Any = network
-        self.known: dict[tuple[int | float, ...], float] = {}
-        self.plain = self.returned([0])
-        if not self.plain:
+        self.chance, self.ran = random.Random(0), 0
+        self.known: dict[tuple[tuple[int | float, ...], int], Tensor] = {}
+        self.plain = [self.returned([0], i) for i in range(len(self.batches))]
+        if not all(self.plain):
             raise TypeError("the model returned no floating point tensor with a row for each picture")
 
-    def __call__(self, r: Sequence[int | float]) -> float:
-        if tuple(r) not in self.known:
+    def __call__(self, r: Sequence[int | float], batches: Iterable[int] | None = None) -> float:
+        each = range(len(self.batches)) if batches is None else batches
+        error = float(torch.cat([self.errors(r, i) for i in each]).mean())
+        return math.inf if math.isnan(error) else error
+
+    def nearer(self, old: list[int], new: list[int]) -> list[int]:
+        """The new one if it is nearer to plain on a batch, on twice as many, and so on until all."""
+        order = self.chance.sample(range(len(self.batches)), len(self.batches))
+        count = 1
+        while self(new, order[:count]) < self(old, order[:count]):
+            if count >= len(order):
+                return new
+            count *= 2
+        return old
+
+    def errors(self, r: Sequence[int | float], batch: int) -> Tensor:
+        """Those of what is returned for a batch, a row each."""
+        key = tuple(r), batch
+        if key not in self.known:
+            self.ran += 1
             errors = [
                 (merged - plain).norm(dim=1) / plain.norm(dim=1).clamp_min(1e-12)
-                for merged, plain in zip(self.returned(r), self.plain, strict=True)
+                for merged, plain in zip(self.returned(r, batch), self.plain[batch], strict=True)
             ]
-            error = float(torch.cat(errors).square().mean())
-            self.known[tuple(r)] = math.inf if math.isnan(error) else error
-        return self.known[tuple(r)]
+            self.known[key] = torch.cat(errors)
+        return self.known[key]
 
-    def returned(self, r: Sequence[int | float]) -> list[Tensor]:
+    def returned(self, r: Sequence[int | float], batch: int) -> list[Tensor]:
         """What the model returns with a schedule, a row for each picture."""
         self.network.r = list(r)
         with torch.no_grad():
-            return [tensor.float().flatten(1) for tensor in tensors_in(self.run())]
+            return [tensor.float().flatten(1) for tensor in tensors_in(self.batches[batch]())]
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
@@ -295,33 +268,38 @@ class Operations:
         def made(number: int) -> list[int]:
             return self.merged(parse_r(len(self.works), schedule(number)))
 
-        numbers = range(self.tokens)
+        numbers = range(self.tokens * len(self.works))
         number = bisect_left(numbers, True, key=lambda number: self.share(made(number)) <= limit)
         return made(number) if number in numbers else None
 
 
 def made_by_hand(operations: Operations, limit: float) -> Iterator[list[int]]:
-    """Schedules as people write them, at no more than a share of the operations."""
-    layers, tokens = len(operations.works), operations.tokens
-    ways: tuple[Callable[[int], R], ...] = (
-        lambda r: r,
-        lambda r: (r, -0.5),
-        lambda r: (r, -1.0),
-        lambda r: r / (2 * tokens),
-        lambda r: [r] * (layers // 2),
-        lambda r: [r] * (3 * layers // 4),
+    """Schedules in shapes that people give them, at no more than a share of the operations."""
+    layers = len(operations.works)
+    shapes: tuple[Callable[[float], float], ...] = (
+        lambda depth: 1,
+        lambda depth: 1.5 - depth,
+        lambda depth: 2 - 2 * depth,
+        lambda depth: 0.08**depth,
+        lambda depth: depth < 0.5,
+        lambda depth: depth < 0.75,
+        lambda depth: 0.5 + depth,
     )
-    for way in ways:
-        made = operations.least(way, limit)
+    for shape in shapes:
+        weights = [shape((layer + 0.5) / layers) for layer in range(layers)]
+        made = operations.least(partial(spread, weights), limit)
         if made is not None:
             yield made
 
 
-def exchanged(
-    r: Sequence[int], operations: Operations, limit: float, chance: random.Random
-) -> list[int] | None:
+def spread(weights: Sequence[float], total: int) -> list[int]:
+    """So many tokens over layers by their weights."""
+    return [round(total * weight / sum(weights)) for weight in weights]
+
+
+def exchanged(r: Sequence[int], operations: Operations, limit: float, chance: random.Random) -> list[int]:
     """A schedule with another number in one layer, and in a second one the least that meets the limit."""
     new, mean = list(r), sum(r) // len(r)
     one, other = chance.choices(range(len(r)), k=2)
     new[one] = max(0, new[one] + chance.choice((-1, 1)) * chance.randint(1, max(1, mean)))
-    return operations.least(lambda number: [*new[:other], number, *new[other + 1 :]], limit)
+    return operations.least(lambda number: [*new[:other], number, *new[other + 1 :]], limit) or list(r)
