@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..hosts.family import Network, submodule
 from ..hosts.hooks import Args, Argument, Kwargs, Patch, PerThread
-from ..hosts.vits import VisionFamily
+from ..hosts.vision import VisionFamily
 from ..maths.devices import constant
 from ..maths.token_map import TokenMap
 from . import options
