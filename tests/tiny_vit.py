@@ -92,7 +92,7 @@ def logits(output: Any) -> Tensor:
     for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
         if getattr(output, name, None) is not None:
             return getattr(output, name)
-    return output
+    return output.feature_maps[-1] if hasattr(output, "feature_maps") else output
 
 
 def randomised(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ may leave is cut to it, and `r <= 0` merges nothing. Unlike there, the tokens th
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -170,11 +171,17 @@ def compute_merge(x: Tensor, tome_info: Mapping[str, Any]) -> tuple[Callable[...
         Six callables: merge for self-attention, cross-attention and the feed-forward layers, and unmerge.
 
     Raises:
+        TypeError: `tome_info` has no such size and options.
         ValueError: these are not the tokens of an image of that size.
     """
     args: dict[str, Any] = dict(max_downsample=1, ratio=0.5, sx=2, sy=2, use_rand=True, merge_attn=True)
-    args |= dict(tome_info["args"])
-    height, width = tome_info["size"]
+    try:
+        args |= dict(tome_info["args"])
+        height, width = (operator.index(side) for side in tome_info["size"])
+    except (KeyError, TypeError, ValueError):
+        raise TypeError(
+            f'tome_info must be {{"size": (height, width), "args": {{"ratio": 0.5, ...}}}}, got {tome_info!r}'
+        ) from None
     downsample = max(1, round(math.sqrt(height * width / x.shape[1])))
     both: tuple[Merge, Unmerge] = (do_nothing, do_nothing)
     if downsample <= args["max_downsample"]:

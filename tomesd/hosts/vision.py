@@ -6,12 +6,13 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import UnionType
 from typing import Any
 
 from torch import nn
 from torch.torch_version import TorchVersion as Version
 
-from .family import Block, Family, Misfit, Site, submodule
+from .family import Block, Family, Misfit, Part, Site, submodule
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class VisionFamily(Family):
     since: str = ""  # the first version of the package whose classes are as this row says
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, block in self.blocks.items():
             needed = {"middle": block.middle, "end": block.end}
             if self.prop_attn:
@@ -34,6 +36,33 @@ class VisionFamily(Family):
             lacks = [part for part, given in needed.items() if given is None]
             if lacks:
                 raise ValueError(f"the row of {name} in {self.name} lacks {', '.join(lacks)}")
+
+    def _check_types(self) -> None:
+        for name in ("name", "path", "package", "since"):
+            check_type(name, getattr(self, name), str, "a string")
+        check_type("networks", self.networks, tuple, "a tuple of names of classes")
+        check_type("blocks", self.blocks, dict, "a dict of Blocks by names of classes")
+        check_type("prop_attn", self.prop_attn, bool, "a bool")
+        for name in (*self.networks, *self.blocks):
+            check_type("the name of a class", name, str, "a string")
+        for name, block in self.blocks.items():
+            check_type(f"blocks[{name!r}]", block, Block, "a Block")
+            check_type(f"attn of {name}", block.attn, Part, "a Part")
+            check_type(f"or_end of {name}", block.or_end, tuple, "a tuple of paths")
+            paths = {"input": block.input, "middle": block.middle, "end": block.end, "tokens": block.tokens}
+            paths |= {"attn's path": block.attn.path, "attn's tokens": block.attn.tokens}
+            for part, path in paths.items():
+                check_type(f"{part} of {name}", path, str | None, "a string")
+        for name in ("prefix", "suffix", "distilled"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"{name} must be a function of the network, got {getattr(self, name)!r}")
+
+    def count(self, name: str, network: nn.Module) -> int:
+        """What `prefix` or `suffix` says of a network."""
+        number = getattr(self, name)(network)
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"{name} of {self.name} must return a number of tokens, got {number!r}")
+        return number
 
     def too_old(self, module: nn.Module) -> str:
         """What to say of a module that is not as this row says, if its package is too old for that."""
@@ -76,6 +105,12 @@ class VisionFamily(Family):
                         "cannot be told where in the network it is called: give each place one of its own"
                     )
             yield Site(name, module, block, container)
+
+
+def check_type(name: str, value: object, kind: type | UnionType, words: str) -> None:
+    """A TypeError that names what was given, if it is of another type."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {words}, got {value!r}")
 
 
 def last_called(module: nn.Module, block: Block) -> str | None:

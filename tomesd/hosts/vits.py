@@ -306,30 +306,12 @@ def register(family: VisionFamily) -> VisionFamily:
     """
     if not isinstance(family, VisionFamily):
         raise TypeError(f"expected a VisionFamily, got {type(family).__name__}")
-    _check_type("name", family.name, str, "a string")
-    _check_type("path", family.path, str, "a string")
-    _check_type("package", family.package, str, "a string")
-    _check_type("networks", family.networks, tuple, "a tuple of names of classes")
-    _check_type("blocks", family.blocks, dict, "a dict of Blocks by names of classes")
-    for name in (*family.networks, *family.blocks):
-        _check_type("the name of a class", name, str, "a string")
-    for name, block in family.blocks.items():
-        _check_type(f"blocks[{name!r}]", block, Block, "a Block")
-        _check_type(f"attn of {name}", block.attn, Part, "a Part")
-    for name in ("prefix", "suffix", "distilled"):
-        if not callable(getattr(family, name)):
-            raise TypeError(f"{name} must be a function of the network, got {getattr(family, name)!r}")
     if not (family.name and family.path and family.networks and family.blocks):
         raise ValueError(f"a family needs a name, networks, blocks and a path, got {family}")
     if any(row.name == family.name for row in FAMILIES):
         raise ValueError(f"there is a family {family.name!r} already")
     FAMILIES.insert(0, family)
     return family
-
-
-def _check_type(name: str, value: object, kind: type, words: str) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {words}, got {value!r}")
 
 
 def find_networks(model: object, package: str | None = None) -> list[Network[VisionFamily]]:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from ..hosts.vits import checked
 from ..tools.extras import need
 
 
@@ -39,8 +40,10 @@ def benchmark(
 
     Raises:
         ImportError: `verbose` without tqdm.
+        TypeError: the model is no module.
         ValueError: fewer than one counted run, or a device that is not there.
     """
+    model = checked(model)
     device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f'there is no {device}: pass device="cpu"')
