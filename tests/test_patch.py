@@ -229,6 +229,9 @@ def test_a_recipe_chooses_by_name():
     recipe = Recipe({names[0]: Merge(0.25), names[3]: SampleKeys(0.75), names[-1]: MergeStage()})
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert pickle.loads(pickle.dumps(recipe)) == recipe
+    known = Recipe(recipe, given := {"left": [8, 4]})
+    known.about["left"].append(given["left"].append(2))
+    assert pickle.loads(pickle.dumps(known)).about == {"left": [8, 4]}  # it cannot be changed
     assert tomesd.apply_patch(pipe, recipe) is pipe
     assert methods_of(pipe) == dict(recipe)
     assert torch.isfinite(tiny.generate(pipe)).all()

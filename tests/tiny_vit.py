@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,7 @@ def logits(output: Any) -> Tensor:
     for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
         if getattr(output, name, None) is not None:
             return getattr(output, name)
-    return output
+    return output.feature_maps[-1] if hasattr(output, "feature_maps") else output
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -111,6 +112,18 @@ def _timm(build: Callable[..., nn.Module], **options: Any) -> Callable[[], nn.Mo
 
 def _hf(model: type, config: type, **options: Any) -> Callable[[], nn.Module]:
     return lambda: randomised(model(config(**{**CONFIG, **options})))
+
+
+def _hf_inner(path: str, prefix: int, half: dict[str, Any], **options: Any) -> Case:
+    """A part of a model of transformers, "folder.Class", which it may not export."""
+    folder, _, name = path.partition(".")
+
+    def build() -> nn.Module:
+        model = getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
+        return _hf(model, model.config_class, **options)()
+
+    blocks = lambda m: next(list(part) for part in m.modules() if isinstance(part, nn.ModuleList))  # noqa: E731
+    return Case(build, prefix=prefix, **{**half, "blocks": blocks})
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -245,6 +258,20 @@ HF_INTERNVL = dict(
     second=lambda b, x: b.lambda_2 * b.mlp(b.layernorm_after(x)),
     qkv=_internvl_qkv,
     project="projection_layer",
+)
+HF_AIM = dict(
+    first=lambda b, x, attend: attend(b.attention, b.rms_norm1(x)),
+    second=lambda b, x: b.ffn(b.rms_norm2(x)),
+    qkv=_hf_qkv,
+    project="out_proj",
+)
+HF_VIT_POSE = dict(
+    first=lambda b, x, attend: b.attention.output.dense(attend(b.attention, b.layernorm_before(x))),
+    second=lambda b, x: b.mlp(b.layernorm_after(x)),
+    qkv=lambda attn, x: _bert_qkv(attn.attention, x),
+    project="",
+    sizes=False,
+    keys=False,
 )
 HF_VIDEO_MAE = dict(
     blocks=lambda m: list(m.encoder.layer),
@@ -525,6 +552,59 @@ ALIKE = {
         prefix=0,
         **HF_VIDEO_MAE,
         inputs=frames,
+    ),
+}
+ALIKE |= {
+    "transformers AltCLIP": _hf_inner("altclip.AltCLIPVisionModel", 1, HF_CLIP),
+    "transformers Chinese CLIP": _hf_inner("chinese_clip.ChineseCLIPVisionModel", 1, HF_CLIP),
+    "transformers CLIPSeg": _hf_inner("clipseg.CLIPSegVisionModel", 1, HF_CLIP),
+    "transformers GIT": _hf_inner("git.GitVisionModel", 1, HF_CLIP),
+    "transformers Kosmos-2": _hf_inner("kosmos2.Kosmos2VisionModel", 1, HF_CLIP),
+    "transformers OWL-ViT": _hf_inner("owlvit.OwlViTVisionModel", 1, HF_CLIP),
+    "transformers OWLv2": _hf_inner("owlv2.Owlv2VisionModel", 1, HF_CLIP),
+    "transformers Idefics2": _hf_inner("idefics2.Idefics2VisionTransformer", 0, HF_CLIP),
+    "transformers Idefics3": _hf_inner("idefics3.Idefics3VisionTransformer", 0, HF_CLIP),
+    "transformers SmolVLM": _hf_inner("smolvlm.SmolVLMVisionTransformer", 0, HF_CLIP),
+    "transformers Janus": _hf_inner(
+        "janus.JanusVisionModel", 0, {**HF_CLIP, "project": "projection_layer"}, mlp_ratio=2
+    ),
+    "transformers AIMv2": _hf_inner("aimv2.Aimv2VisionModel", 0, HF_AIM),
+    "transformers Ovis2": _hf_inner("ovis2.Ovis2VisionModel", 0, HF_AIM, vocab_size=20),
+    "transformers InstructBLIP": _hf_inner("instructblip.InstructBlipVisionModel", 1, HF_BLIP),
+    "transformers InstructBLIP video": _hf_inner(
+        "instructblipvideo.InstructBlipVideoVisionModel", 1, HF_BLIP
+    ),
+    "transformers TIPSv2": _hf_inner("tipsv2.Tipsv2VisionModel", 2, HF_DINO, mlp_ratio=2),
+    "transformers Sapiens2": _hf_inner(
+        "sapiens2.Sapiens2Model",
+        2,
+        {**HF_DINO, "rope": _half_rope},
+        num_attention_heads=2,
+        num_key_value_heads_per_layer=[2] * DEPTH,
+        use_qk_norm=False,
+        num_register_tokens=1,
+    ),
+    "transformers RADIO": _hf_inner(
+        "radio.RadioModel", 2, HF_DINO, num_cls_tokens=1, num_registers=1, summary_idxs=[0]
+    ),
+    "transformers Pixio": _hf_inner("pixio.PixioModel", 2, HF_VIT, n_cls_tokens=2),
+    "transformers DPT": _hf_inner("dpt.DPTModel", 1, HF_VIDEO_MAE),
+    "transformers ViTPose": _hf_inner(  # its patches overlap: for 4 x 4 pixels it makes one more than it says
+        "vitpose_backbone.VitPoseBackbone",
+        0,
+        {**HF_VIT_POSE, "inputs": lambda batch: images(batch, 2 * SIDE)},
+        image_size=[2 * SIDE] * 2,
+        patch_size=[8, 8],
+        mlp_ratio=2,
+    ),
+    "transformers AST": _hf_inner(
+        "audio_spectrogram_transformer.ASTModel",
+        2,
+        {**HF_VIT, "inputs": lambda batch: images(batch)[:, 0]},
+        max_length=SIDE,
+        num_mel_bins=SIDE,
+        frequency_stride=4,
+        time_stride=4,
     ),
 }
 if TorchVersion(transformers.__version__) < "5.18":  # before, its blocks were of other layouts

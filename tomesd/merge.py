@@ -9,6 +9,7 @@ may leave is cut to it, and `r <= 0` merges nothing. Unlike there, the tokens th
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
@@ -182,17 +183,19 @@ def compute_merge(x: Tensor, tome_info: Mapping[str, Any]) -> tuple[Callable[...
         Six callables: merge for self-attention, cross-attention and the feed-forward layers, and unmerge.
 
     Raises:
-        TypeError: `tome_info` is no such dict, or the ratio no number.
+        TypeError: `tome_info` has no such size and options, or the ratio is no number.
         ValueError: these are not the tokens of an image of that size.
     """
-    if not isinstance(tome_info, Mapping) or not {"size", "args"} <= set(tome_info):
-        given = list(tome_info) if isinstance(tome_info, Mapping) else type(tome_info).__name__
-        raise TypeError(f'tome_info must be a dict with "size" and "args", got {given}')
     args: dict[str, Any] = dict(max_downsample=1, ratio=0.5, sx=2, sy=2, use_rand=True, merge_attn=True)
-    args |= dict(tome_info["args"])
+    try:
+        args |= dict(tome_info["args"])
+        height, width = (operator.index(side) for side in tome_info["size"])
+    except (KeyError, TypeError, ValueError):
+        raise TypeError(
+            f'tome_info must be {{"size": (height, width), "args": {{"ratio": 0.5, ...}}}}, got {tome_info!r}'
+        ) from None
     if not isinstance(args["ratio"], Real):
         raise TypeError(f"ratio must be a number, got {args['ratio']!r}")
-    height, width = tome_info["size"]
     downsample = max(1, round(math.sqrt(height * width / x.shape[1])))
     both: tuple[Merge, Unmerge] = (do_nothing, do_nothing)
     if downsample <= args["max_downsample"]:

@@ -5,6 +5,7 @@ import functools
 import io
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import tiny_vit
@@ -735,6 +736,11 @@ def acme(**options):
     return tome.VisionFamily("Acme ViT", ("AcmeViT",), {"AcmeLayer": block}, **{**row, **options})
 
 
+def changed(**options):
+    row = acme()
+    return replace(row, blocks={"AcmeLayer": replace(row.blocks["AcmeLayer"], **options)})
+
+
 def test_a_row_of_ones_own_is_patched_like_those_of_the_package(monkeypatch):
     monkeypatch.setattr(vits, "FAMILIES", list(vits.FAMILIES))
     model = tiny_vit.randomised(AcmeViT())
@@ -768,13 +774,35 @@ def test_a_row_of_ones_own_is_patched_like_those_of_the_package(monkeypatch):
             ValueError,
             "the row of AcmeLayer in A lacks middle, end, attn's bias",
         ),
+        (lambda: tome.VisionFamily("A", ("AcmeViT",), {"AcmeLayer": 3}), TypeError, "must be a Block, got 3"),
+        (
+            lambda: changed(or_end="feed"),
+            TypeError,
+            "or_end of AcmeLayer must be a tuple of paths, got 'feed'",
+        ),
+        (lambda: changed(tokens=0), TypeError, "tokens of AcmeLayer must be a string, got 0"),
+        (lambda: acme(prop_attn="yes"), TypeError, "prop_attn must be a bool, got 'yes'"),
     ],
 )
-def test_a_row_is_checked_when_it_is_registered(make, error, reason):
+def test_a_row_is_checked_when_it_is_made_or_registered(make, error, reason):
     before = list(vits.FAMILIES)
     with pytest.raises(error, match=reason):
         tome.register(make())
     assert before == vits.FAMILIES
+
+
+@pytest.mark.parametrize("number", [-1, 1.5, "1", None])
+def test_what_never_merges_is_a_number_of_tokens(number, monkeypatch):
+    monkeypatch.setattr(vits, "FAMILIES", [acme(prefix=lambda network: number)])
+    with pytest.raises(ValueError, match="prefix of Acme ViT must return a number of tokens"):
+        tome.apply_patch(AcmeViT())
+
+
+def test_blocks_that_change_places_are_named():
+    model = patched(TIMM.build())
+    model.blocks = nn.Sequential(*reversed(model.blocks))
+    with pytest.raises(RuntimeError, match=r"blocks\.0 had another place before: patch again"):
+        model(X)
 
 
 def test_a_row_that_does_not_fit_names_what_is_missing(monkeypatch):

@@ -1,6 +1,7 @@
 """tomesd.vit on what timm, torchvision and transformers do around their blocks."""
 
 import copy
+import importlib
 import io
 import time
 
@@ -276,6 +277,48 @@ def test_what_cannot_be_merged_is_refused_with_a_reason(build, reason):
     with pytest.raises(ValueError, match=reason):
         tome.apply_patch(model)
     no_traces(model)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "reason"),
+    [
+        ("x_clip.XCLIPVisionModel", {}, "join those of the image"),
+        ("eomt.EomtForUniversalSegmentation", {}, "join those of the image"),
+        ("groupvit.GroupViTVisionModel", {"depths": [1, 1, 1]}, "stages group"),
+        ("align.AlignVisionModel", {}, "convolutions"),
+        ("mlcd.MLCDVisionModel", {}, "one table"),
+        ("vjepa2.VJEPA2Model", {}, "place of a token"),
+        ("timesformer.TimesformerModel", {}, "by frame and place"),
+        ("mllama.MllamaVisionModel", {"num_global_layers": 1}, "mask of each image"),
+        ("siglip2.Siglip2VisionModel", {}, "mask of each image"),
+        ("got_ocr2.GotOcr2VisionEncoder", {}, "windows"),
+        ("qwen3_5.Qwen3_5VisionModel", {"depth": 1}, "knows: it packs images"),  # by a sign, as all alike
+    ],
+)
+def test_networks_of_transformers_that_do_not_fit_say_why(path, options, reason):
+    folder, _, name = path.partition(".")
+    kind = getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
+    with torch.device("meta"):
+        model = kind(kind.config_class(**{"num_hidden_layers": 1, **options}))
+    with pytest.raises(ValueError, match=reason):
+        tome.apply_patch(model)
+    no_traces(model)
+
+
+def test_masks_and_packs_of_images_are_refused():
+    case = tiny_vit.ALIKE["transformers SmolVLM"]
+    model = tome.apply_patch(case.build())
+    model.r = 4
+    padded = torch.ones(2, 8, 8, dtype=torch.bool)
+    case.run(model, patch_attention_mask=padded)  # hides nothing
+    padded[0, :, 6:] = False
+    with pytest.raises(ValueError, match="was given an attention mask"):
+        case.run(model, patch_attention_mask=padded)
+    radio = tome.apply_patch(tiny_vit.ALIKE["transformers RADIO"].build())
+    radio.r = 4
+    patches = torch.randn(1, 2 * 64, 48)
+    with pytest.raises(ValueError, match="was given packed images"):
+        radio(patches, image_grid_hw=torch.tensor([[8, 8], [8, 8]]))
 
 
 def no_traces(model):

@@ -123,6 +123,16 @@ def test_the_names_of_tomesd_0_1_3_are_there_and_do_the_same():
             assert ours[i](x).shape == theirs[i](x).shape
             torch.testing.assert_close(ours[i + 3](ours[i](x)), theirs[i + 3](theirs[i](x)))
     assert compute_merge(x, {"size": (2, 3), "args": {"ratio": 0.5}})[0](x).shape[1] == 3
+    for info in (
+        None,
+        {},
+        {"size": (2, 3)},
+        {"args": {}},
+        {"size": 6, "args": {}},
+        {"size": "ab", "args": {}},
+    ):
+        with pytest.raises(TypeError, match=r"tome_info must be .*\"size\": \(height, width\)"):
+            compute_merge(x, info)
     assert M.do_nothing(x, mode="mean") is x
     assert isinstance_str(torch.nn.Linear(1, 1), "Module")
     assert not isinstance_str(x, "Module")

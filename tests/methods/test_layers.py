@@ -14,19 +14,16 @@ CASES = {**tiny_vit.CASES, **tiny_vit.ALIKE}
 SCHEDULE = [7, 0, 9, 40]
 
 
-@pytest.fixture(params=CASES)
-def case(request):
-    case = CASES[request.param]
-    return case, case.build()
-
-
 def call_of(case, model):
-    """What the first block is called with, and what comes out of the last, in a forward of the model."""
+    """What the first block is called with, its last linear layer too, and what comes out of the last."""
     seen, blocks = {}, case.blocks(model)
     handles = [
         blocks[0].register_forward_pre_hook(lambda m, a, k: seen.update(args=a, kwargs=k), with_kwargs=True),
         blocks[-1].register_forward_hook(lambda m, a, out: seen.update(out=out)),
     ]
+    for layer in blocks[0].modules():
+        if isinstance(layer, torch.nn.Linear):
+            handles.append(layer.register_forward_pre_hook(lambda m, a: seen.update(linear=a[0])))
     with torch.no_grad():
         case.run(model)
     for handle in handles:
@@ -93,13 +90,16 @@ def merged_by_loops(case, blocks, x, ropes, schedule, prop_attn, metric, mode):
     return out
 
 
+OPTIONS = [(True, "keys", "mean"), (False, "keys", "mean"), (True, "tokens", "mlerp")]
+
+
 @pytest.mark.parametrize(
-    ("prop_attn", "metric", "mode"),
-    [(True, "keys", "mean"), (False, "keys", "mean"), (True, "tokens", "mlerp")],
+    ("name", "prop_attn", "metric", "mode"),
+    [(name, *options) for name in CASES for options in OPTIONS[: 1 if name in tiny_vit.ALIKE else None]],
 )
-def test_merging_is_tome_in_plain_loops(case, prop_attn, metric, mode, monkeypatch):
+def test_merging_is_tome_in_plain_loops(name, prop_attn, metric, mode, monkeypatch):
     monkeypatch.setattr(layers, "CHANNELS", 16)
-    case, model = case
+    case, model = CASES[name], CASES[name].build()
     if (prop_attn and not case.sizes) or (metric == "keys" and not case.keys):
         with pytest.raises(ValueError, match=r"takes no sizes of tokens|cannot be seen"):
             tome.apply_patch(model, prop_attn=prop_attn, metric=metric)
@@ -122,5 +122,7 @@ def test_merging_is_tome_in_plain_loops(case, prop_attn, metric, mode, monkeypat
         want = [merged_by_loops(case, blocks, each, ropes, SCHEDULE, *options) for each in x]
     tome.apply_patch(model, prop_attn=prop_attn, metric=metric, mode=mode)
     model.r = SCHEDULE
-    got = call_of(case, model)["out"]
+    call = call_of(case, model)
+    got, before, after = call["out"], *(seen["linear"].shape[0 if first else 1] for seen in (plain, call))
+    assert after == before - SCHEDULE[0]  # the second half does no work for what has merged
     torch.testing.assert_close(got.transpose(0, 1) if first else got, torch.stack(want), rtol=1e-5, atol=1e-6)

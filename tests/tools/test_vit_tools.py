@@ -85,6 +85,9 @@ def test_a_picture_of_another_image_is_an_error():
         ValueError, match="2 x 1 patches of 16, the source has 2 tokens with class_token=True"
     ):
         tome.make_visualization(image, TokenMap.identity(2))
+    some = TokenMap.from_index(torch.tensor([[0, 1, 1, 2, 3, 4, 5, 6, 7]]), 8)
+    with pytest.raises(ValueError, match="7 would come before the 2 x 1 patches of 16 pixels, but they have"):
+        tome.make_visualization(image, some)
     with pytest.raises(ValueError, match="of one image, got 2"):
         tome.make_visualization(image, torch.eye(9).expand(2, 9, 9), 8)
     with pytest.raises(ValueError, match="patch_size must be at least 1, got 0"):
@@ -95,6 +98,8 @@ def test_a_picture_of_another_image_is_an_error():
 
 def test_a_benchmark_that_cannot_run_is_an_error():
     model = torch.nn.Identity()
+    with pytest.raises(TypeError, match="expected a torch module, got int"):
+        tome.utils.benchmark(3, device="cpu")
     with pytest.raises(ValueError, match="nothing to measure with runs=0"):
         tome.utils.benchmark(model, device="cpu", runs=0)
     if not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -15,17 +16,33 @@ JOINED = (
     "it packs images into one sequence and joins each 2 x 2 patches in the end, for which all have to be "
     "there (tome.reduce merges what comes out)"
 )
+TABLE = "its rotary embeddings are one table for all images, and each image keeps other tokens"
+PLACED = "its attention takes the place of a token in the sequence for its position in the image"
+REGROUPED = "its blocks regroup tokens by frame and place, for which all have to be there"
+JOINED_BETWEEN = "other tokens join those of the image from block to block"
+GROUPED = "its stages group the tokens themselves"
+CONVOLVED = "it is made of convolutions, and has none"
 REFUSED: dict[tuple[str, ...], str] = {
     ("SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "SwinModel", "Swinv2Model"): WINDOWED,
     ("SwinBackbone", "Swinv2Backbone", "MaskFormerSwinModel", "DonutSwinModel", "TinyVit"): WINDOWED,
     ("MaxxVit", "MaxVit", "Hiera", "HieraModel", "HieraDet", "Sam2HieraDetModel", "DaVit"): WINDOWED,
     ("VisionTransformerSAM", "SamVisionEncoder", "SamHQVisionEncoder", "ImageEncoderViT"): WINDOWED,
     ("VitDetModel", "VitDetBackbone", "GlobalContextVit", "Twins", "Nest"): WINDOWED,
+    ("Florence2VisionBackbone", "GotOcr2VisionEncoder", "LwDetrViTBackbone", "Sam3ViTModel"): WINDOWED,
+    ("DeepseekOcr2SamVisionEncoder", "SLANeXtVisionEncoder", "RfDetrDinov2Backbone"): WINDOWED,
     ("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel"): JOINED,
     ("Qwen3VLVisionModel",): JOINED,
     ("Beit", "BeitModel", "BeitBackbone", "Data2VecVisionModel"): RELATIVE,
-    ("VisionTransformerRelPos",): RELATIVE,
-    ("NaFlexVit", "Siglip2VisionModel", "PixtralVisionModel", "Idefics3VisionTransformer"): PADDED,
+    ("VisionTransformerRelPos", "SegGptModel"): RELATIVE,
+    ("NaFlexVit", "Siglip2VisionModel", "PixtralVisionModel", "Phi4MultimodalVisionModel"): PADDED,
+    ("MllamaVisionModel", "Kosmos2_5VisionModel", "Pix2StructVisionModel"): PADDED,
+    ("MLCDVisionModel", "Llama4VisionModel"): TABLE,
+    ("VJEPA2Model",): PLACED,
+    ("TimesformerModel",): REGROUPED,
+    ("XCLIPVisionModel", "EomtForUniversalSegmentation"): JOINED_BETWEEN,
+    ("EomtDinov3ForUniversalSegmentation",): JOINED_BETWEEN,
+    ("GroupViTVisionModel",): GROUPED,
+    ("AlignVisionModel",): CONVOLVED,
 }
 
 
@@ -35,14 +52,16 @@ def why_refused(module: nn.Module) -> str | None:
 
 
 def why_unfit(module: nn.Module) -> str:
-    """What to say of a network of no known class, where its package tells of stages in it."""
-    staged = next((name for name, part in module.named_modules() if _has_stages(part)), None)
-    if staged is None:
-        return ""
-    return (
-        f": the image of {staged or 'this one'} shrinks from stage to stage, for which all tokens have to be "
-        "there, and merging is for blocks that all work on one grid"
-    )
+    """What to say of a network of no known class, where a module in it tells what it is."""
+    for name, part in module.named_modules():
+        if _has_stages(part):
+            return (
+                f": the image of {name or 'this one'} shrinks from stage to stage, for which all tokens have "
+                "to be there, and merging is for blocks that all work on one grid"
+            )
+        if "grid_thw" in inspect.signature(type(part).forward).parameters:  # sizes of what is packed
+            return f": {JOINED}"
+    return ""
 
 
 def _has_stages(module: nn.Module) -> bool:

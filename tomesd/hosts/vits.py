@@ -2,90 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
 from torch import nn
-from torch.torch_version import TorchVersion as Version
 
-from .family import Block, Family, Misfit, Network, Part, Site, find, known, submodule
+from .family import Block, Network, Part, find, known
 from .refused import why_refused, why_unfit
-
-
-@dataclass(frozen=True)
-class VisionFamily(Family):
-    """A family of networks whose blocks are `x = x + attn(norm1(x)); x = x + mlp(norm2(x))`."""
-
-    package: str = "transformers"  # the function of `tomesd.vit.patch` that patches it
-    path: str = "encoder.layers"  # the list of its blocks
-    prefix: Callable[[Any], int] = lambda network: 1  # how many tokens before the patches never merge
-    suffix: Callable[[Any], int] = lambda network: 0  # how many after the patches
-    prop_attn: bool = True  # whether a merged token counts as many times as it has tokens, by default
-    distilled: Callable[[Any], bool] = lambda network: False  # whether one of those is a distillation token
-    since: str = ""  # the first version of the package whose classes are as this row says
-
-    def __post_init__(self) -> None:
-        for name, block in self.blocks.items():
-            needed = {"middle": block.middle, "end": block.end}
-            if self.prop_attn:
-                needed["attn's bias (or prop_attn=False)"] = block.attn.bias
-            lacks = [part for part, given in needed.items() if given is None]
-            if lacks:
-                raise ValueError(f"the row of {name} in {self.name} lacks {', '.join(lacks)}")
-
-    def too_old(self, module: nn.Module) -> str:
-        """What to say of a module that is not as this row says, if its package is too old for that."""
-        package = type(module).__module__.split(".")[0]
-        installed = getattr(sys.modules.get(package), "__version__", "")
-        if package != self.package or not self.since or Version(installed) >= Version(self.since):
-            return ""
-        return f" (tomesd needs {self.package} >= {self.since} for it, installed is {installed})"
-
-    def sites(self, network: nn.Module) -> Iterator[Site]:
-        container = submodule(network, self.path)
-        if container is None:
-            raise Misfit(f"it has no {self.path} as {self.name}{self.too_old(network)}")
-        used: dict[int, str] = {}
-        # Not named_children: that leaves out what is there twice.
-        for child, module in container._modules.items():
-            block = None if module is None else self.block(module)
-            name = f"{self.path}.{child}"
-            if module is None or block is None:
-                inside = module is not None and any(map(self.block, module.modules()))
-                raise ValueError(
-                    f"{name} of {type(network).__name__} is a {type(module).__name__}; of {self.name} tomesd "
-                    f"knows {', '.join(self.blocks)}"
-                    + (": patch the model first, and then wrap its blocks" if inside else "")
-                )
-            attn = block.attn
-            block = replace(block, end=last_called(module, block))
-            for part in (block.input, attn.path, block.middle, block.end):
-                if part is not None and submodule(module, part) is None:
-                    raise ValueError(
-                        f"{name} of {type(network).__name__} has no {part}, at which tomesd merges the "
-                        f"tokens of {self.name}{self.too_old(module)}"
-                    )
-            for path in dict.fromkeys(("", block.input, attn.path, block.middle or "")):
-                place = f"{name}.{path}" if path else name
-                other = used.setdefault(id(module.get_submodule(path)), place)
-                if other != place:
-                    raise ValueError(
-                        f"{other} and {place} of {type(network).__name__} are one and the same module, so it "
-                        "cannot be told where in the network it is called: give each place one of its own"
-                    )
-            yield Site(name, module, block, container)
-
-
-def last_called(module: nn.Module, block: Block) -> str | None:
-    """Which of the parts that may be the last the code of a block's forward names."""
-    forward: Any = inspect.unwrap(module.forward)
-    code = getattr(getattr(forward, "func", forward), "__code__", None)  # it may be a partial
-    names = () if code is None else code.co_names
-    return next((path for path in (block.end, *block.or_end) if path in names), block.end)
+from .vision import VisionFamily
 
 
 def _class_and_registers(network: Any) -> int:
@@ -111,6 +36,9 @@ OF_TIMM = attrgetter("num_prefix_tokens")
 CLIP = Block("layer_norm1", CLIP_ATTENTION, middle="layer_norm2", end="mlp")
 # No attention mask: merged tokens cannot be weighed.
 BLIP = Block("layer_norm1", Part("self_attn"), middle="layer_norm2", end="mlp")
+PIXIO = replace(VIT, end="drop_path")
+AIM = Block("rms_norm1", ATTENTION, middle="rms_norm2", end="ffn")
+VIT_POSE = Block("layernorm_before", Part("attention"), middle="layernorm_after", end="mlp")
 INTERNVL = Part("attention", key_layer="k_norm", bias="attention_mask")
 # Their `output` adds to what it makes.
 VIDEO_MAE = Block(
@@ -170,8 +98,8 @@ FAMILIES = [
     VisionFamily("transformers ViT", ("ViTModel",), {"ViTLayer": VIT}, path="layers", since="5.9"),
     VisionFamily(
         "transformers DeiT",
-        ("DeiTModel",),
-        {"DeiTLayer": VIT},
+        ("DeiTModel", "ASTModel"),
+        {"DeiTLayer": VIT, "ASTLayer": VIT},
         path="layers",
         prefix=lambda network: 2,
         distilled=lambda network: True,
@@ -187,16 +115,19 @@ FAMILIES = [
     ),
     VisionFamily(
         "transformers DINOv2",
-        ("Dinov2Model", "Dinov2Backbone", "Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
-        {"Dinov2Layer": DINO, "Dinov2WithRegistersLayer": DINO},
+        (
+            *("Dinov2Model", "Dinov2Backbone", "Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"),
+            *("Tipsv2VisionModel", "Tipsv2VisionBackbone"),
+        ),
+        {"Dinov2Layer": DINO, "Dinov2WithRegistersLayer": DINO, "Tipsv2VisionLayer": DINO},
         path="encoder.layer",
         prefix=_class_and_registers,
         since="5.18",
     ),
     VisionFamily(
         "transformers DINOv3",
-        ("DINOv3ViTModel", "DINOv3ViTBackbone"),
-        {"DINOv3ViTLayer": DINOV3},
+        ("DINOv3ViTModel", "DINOv3ViTBackbone", "Sapiens2Model", "Sapiens2Backbone"),
+        {"DINOv3ViTLayer": DINOV3, "Sapiens2Layer": DINOV3},
         path="model.layer",
         prefix=_class_and_registers,
         since="5.4",
@@ -218,6 +149,38 @@ FAMILIES = [
         ("MetaClip2VisionModel", "MetaClip2VisionTransformer"),
         {"MetaClip2EncoderLayer": CLIP},
     ),
+    VisionFamily(
+        "transformers vision as CLIP's",
+        (
+            *("AltCLIPVisionModel", "ChineseCLIPVisionModel", "CLIPSegVisionModel", "GitVisionTransformer"),
+            *("Kosmos2VisionTransformer", "Owlv2VisionTransformer", "OwlViTVisionTransformer"),
+        ),
+        {
+            "AltCLIPEncoderLayer": CLIP,
+            "ChineseCLIPVisionLayer": CLIP,
+            "CLIPSegEncoderLayer": CLIP,
+            "GitVisionEncoderLayer": CLIP,
+            "Kosmos2VisionEncoderLayer": CLIP,
+            "Owlv2EncoderLayer": CLIP,
+            "OwlViTEncoderLayer": CLIP,
+        },
+    ),
+    VisionFamily(
+        "transformers vision as SigLIP's",
+        (
+            *("Idefics2VisionTransformer", "Idefics3VisionTransformer", "SmolVLMVisionTransformer"),
+            *("JanusVisionModel", "Aimv2VisionModel", "Ovis2VisionTransformer"),
+        ),
+        {
+            "Idefics2EncoderLayer": CLIP,  # padded pictures are refused when it runs, by their mask
+            "Idefics3EncoderLayer": CLIP,
+            "SmolVLMEncoderLayer": CLIP,
+            "JanusVisionEncoderLayer": CLIP,
+            "Aimv2EncoderLayer": AIM,
+            "Ovis2VisionEncoderLayer": AIM,
+        },
+        prefix=lambda network: 0,
+    ),
     VisionFamily("transformers ViT-MSN", ("ViTMSNModel",), {"ViTMSNLayer": VIT}, path="layers", since="5.9"),
     VisionFamily(
         "transformers I-JEPA",
@@ -237,6 +200,35 @@ FAMILIES = [
         prop_attn=False,
     ),
     VisionFamily(
+        "transformers RADIO",
+        ("RadioModel",),
+        {"RadioLayer": DINO},
+        path="encoder.layer",
+        prefix=lambda network: int(network.config.num_summary_tokens),
+    ),
+    VisionFamily(
+        "transformers Pixio",
+        ("PixioModel",),
+        {"PixioLayer": PIXIO},
+        path="layers",
+        prefix=lambda network: int(network.config.n_cls_tokens),
+    ),
+    VisionFamily(
+        "transformers DPT",
+        ("DPTModel",),
+        {"DPTViTLayer": VIDEO_MAE},
+        path="encoder.layer",
+        prop_attn=False,
+    ),
+    VisionFamily(
+        "transformers ViTPose",
+        ("VitPoseBackbone",),
+        {"VitPoseBackboneLayer": VIT_POSE},
+        path="encoder.layer",
+        prefix=lambda network: 0,
+        prop_attn=False,
+    ),
+    VisionFamily(
         "transformers YOLOS",
         ("YolosModel",),
         {"YolosLayer": VIDEO_MAE},
@@ -246,8 +238,13 @@ FAMILIES = [
     ),
     VisionFamily(
         "transformers BLIP vision",
-        ("BlipVisionModel", "Blip2VisionModel"),
-        {"BlipEncoderLayer": BLIP, "Blip2EncoderLayer": BLIP},
+        ("BlipVisionModel", "Blip2VisionModel", "InstructBlipVisionModel", "InstructBlipVideoVisionModel"),
+        {
+            "BlipEncoderLayer": BLIP,
+            "Blip2EncoderLayer": BLIP,
+            "InstructBlipEncoderLayer": BLIP,
+            "InstructBlipVideoEncoderLayer": BLIP,
+        },
         prop_attn=False,
     ),
     VisionFamily(
@@ -309,30 +306,12 @@ def register(family: VisionFamily) -> VisionFamily:
     """
     if not isinstance(family, VisionFamily):
         raise TypeError(f"expected a VisionFamily, got {type(family).__name__}")
-    _check_type("name", family.name, str, "a string")
-    _check_type("path", family.path, str, "a string")
-    _check_type("package", family.package, str, "a string")
-    _check_type("networks", family.networks, tuple, "a tuple of names of classes")
-    _check_type("blocks", family.blocks, dict, "a dict of Blocks by names of classes")
-    for name in (*family.networks, *family.blocks):
-        _check_type("the name of a class", name, str, "a string")
-    for name, block in family.blocks.items():
-        _check_type(f"blocks[{name!r}]", block, Block, "a Block")
-        _check_type(f"attn of {name}", block.attn, Part, "a Part")
-    for name in ("prefix", "suffix", "distilled"):
-        if not callable(getattr(family, name)):
-            raise TypeError(f"{name} must be a function of the network, got {getattr(family, name)!r}")
     if not (family.name and family.path and family.networks and family.blocks):
         raise ValueError(f"a family needs a name, networks, blocks and a path, got {family}")
     if any(row.name == family.name for row in FAMILIES):
         raise ValueError(f"there is a family {family.name!r} already")
     FAMILIES.insert(0, family)
     return family
-
-
-def _check_type(name: str, value: object, kind: type, words: str) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {words}, got {value!r}")
 
 
 def find_networks(model: object, package: str | None = None) -> list[Network[VisionFamily]]:

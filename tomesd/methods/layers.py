@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..hosts.family import Network, Site, submodule
 from ..hosts.hooks import Args, Argument, Kwargs, PerThread
-from ..hosts.vits import VisionFamily
+from ..hosts.vision import VisionFamily
 from ..maths.alternating import Step, merge_alternating
 from ..maths.attention import key_bias, take_rope
 from ..maths.token_map import TokenMap
@@ -184,7 +184,7 @@ class LayerHooks(Hooks):
         if isinstance(attn, nn.MultiheadAttention) and self._needs_keys:
             own.metric = _mean_keys(attn, patch.turned(x))
         kind = getattr(self.config, "_attn_implementation", "sdpa")
-        if patch.prop_attn and kind not in ("eager", "sdpa"):
+        if patch.prop_attn and kind not in (None, "eager", "sdpa"):
             raise ValueError(
                 f"tomesd: {kind} takes no sizes of tokens: set_attn_implementation('sdpa'), or patch with "
                 "prop_attn=False"
@@ -194,6 +194,8 @@ class LayerHooks(Hooks):
             raise ValueError(
                 f"tomesd: {self.name} was given an attention mask, which merged tokens have none of"
             )
+        if kwargs.get("cu_seqlens") is not None:
+            raise ValueError(f"tomesd: {self.name} was given packed images, whose tokens would merge")
         if own.before is None:
             return None
         if given:  # it hides nothing

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..hosts.family import Network, submodule
 from ..hosts.hooks import Args, Argument, Kwargs, Patch, PerThread
-from ..hosts.vits import VisionFamily
+from ..hosts.vision import VisionFamily
 from ..maths.devices import constant
 from ..maths.token_map import TokenMap
 from . import options
@@ -162,8 +162,8 @@ class LayersPatch(Patch):
         self.method = method
         self.trace_source = method.trace_source
         self.prop_attn = family.prop_attn if method.prop_attn is None else method.prop_attn
-        self.protected = family.prefix(network.module)
-        self.last = family.suffix(network.module)
+        self.protected = family.count("prefix", network.module)
+        self.last = family.count("suffix", network.module)
         self.distilled = family.distilled(network.module)
         self.layers = len(network.sites)
         self.sequence_first = False
@@ -292,6 +292,8 @@ class NetworkHooks(Hooks):
         for place, (name, block) in enumerate(container._modules.items()):
             if block is None or (place < len(self.blocks) and is_same(block, self.blocks[place])):
                 continue
+            if any(is_same(block, known) for known in self.blocks):
+                raise RuntimeError(f"tomesd: {self.path}.{name} had another place before: patch again")
             # Sharding and the like wrap blocks.
             if not any(part is known for part in block.modules() for known in self.blocks):
                 raise RuntimeError(

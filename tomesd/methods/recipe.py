@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,12 @@ class Recipe(Mapping[str, Method]):
         if not isinstance(about, Mapping | None) or not all(isinstance(key, str) for key in about or ()):
             raise wrong_type("about", "a dict of what is known of a recipe", about)
         self._methods = dict(methods)
-        self.about: dict[str, Any] = dict(about or {})
+        self._about = copy.deepcopy(dict(about or {}))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is known of it: a copy."""
+        return copy.deepcopy(self._about)
 
     def __getitem__(self, name: str) -> Method:
         return self._methods[name]

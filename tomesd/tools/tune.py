@@ -152,7 +152,8 @@ def solve(tuning: Tuning, methods: Sequence[Method], wish: Wish) -> Recipe:
             break
         about = verify(tuning, recipe, pictures)
         expected = {"expected_speed": tuning.speed(choice), "expected_error": math.sqrt(choice.error)}
-        recipe.about = {key: float(f"{value:.4g}") for key, value in {**about, **expected}.items()}
+        figures = {key: float(f"{value:.4g}") for key, value in {**about, **expected}.items()}
+        recipe = Recipe(recipe, figures)
         got = seen[choice] = about[wish.name]
         slack = SLACK[wish.name] * wish.limit
         if got <= wish.limit + slack if wish.name == "error" else got >= wish.limit - slack:

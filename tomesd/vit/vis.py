@@ -49,6 +49,12 @@ def make_visualization(
             f"an image of {img.width} x {img.height} pixels has {columns} x {rows} patches of {patch_size}, "
             f"the source has {index.shape[1]} tokens with class_token={class_token}"
         )
+    before, counts = index[0, :prefix], index[0].bincount()
+    if bool((counts[before] > 1).any()):
+        raise ValueError(
+            f"of the {index.shape[1]} tokens of the source {prefix} would come before the {columns} x {rows} "
+            f"patches of {patch_size} pixels, but they have merged: it is of another image or patch_size"
+        )
     groups = index[0, prefix:].cpu().unique(return_inverse=True)[1].view(rows, columns)
     return to_image(paint(img, groups)[0])
 
