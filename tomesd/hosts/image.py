@@ -17,7 +17,7 @@ from ..maths.devices import constant, is_exported, is_traced, untraced
 from ..maths.grid import number_of, shift_of
 from ..maths.token_map import TokenMap
 from .family import Site, submodule
-from .hooks import OWNER, Args, Argument, Kwargs, Patch, PerThread, hooks_before
+from .hooks import OWNER, Args, Argument, Kwargs, Patch, PerThread, fate
 from .unets import ImageFamily
 
 # Sizes and devices of which tables are kept.
@@ -126,6 +126,7 @@ class NetworkHooks:
         self.own = PerThread(Current)
         self.last: Step | None = None
         self.tables: dict[Hashable, Any] = {}
+        self.inside: dict[str, Any] = {}  # paths of its containers, and a hook on each
         clock, first, last = (
             next((module for path in paths if (module := submodule(network, path))), None)
             for paths in (family.clock, family.first, family.last)
@@ -135,6 +136,7 @@ class NetworkHooks:
             patch.before(first, self.fix)
         self.has_clock = clock is not None and last is not None
         patch.before(network, self.begin)
+        patch.owner = patch.handles[-1]
         if clock is not None and last is not None:
             self.given = Argument(clock, "", 0)
             patch.before(clock, self.tick)
@@ -147,14 +149,13 @@ class NetworkHooks:
 
     def begin(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
         self.patch.refuse_onnx()
-        if not self.patch.is_owned:
-            self.patch.is_owned = True
         for listener in self.patch.listeners:
             listener.begin()
         if self.has_clock and torch.compiler.is_compiling():
             self.own.get().begun = False  # a forward that failed may have left it so
             return
         self.set(Step.at(self.timestep.get(args, kwargs)))
+        self.patch.look_for(network, self.inside)
 
     def tick(self, clock: nn.Module, args: Args, kwargs: Kwargs) -> None:
         # Once in a forward: some give it other numbers as well, such as frames per second.
@@ -207,6 +208,7 @@ class ContainerHooks:
         self,
         patch: Patch,
         network: NetworkHooks,
+        name: str,
         module: nn.Module,
         family: ImageFamily,
         sites: Sequence[Site],
@@ -220,6 +222,8 @@ class ContainerHooks:
         self.timestep = None if family.containers else network.timestep
         self.own = PerThread(Current)
         self.last: Call | None = None
+        self.name = name
+        self.inside: dict[str, Any] = {}  # paths of its blocks, and a hook on each
         patch.before(module, self.enter)
         if self.carrier is None:
             patch.after(module, self.leave)
@@ -228,14 +232,15 @@ class ContainerHooks:
         return {**vars(self), "last": None}
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if not torch.compiler.is_compiling() and not self.network.patch.is_owned:
+            return args, kwargs  # a copy of a part
+        self.network.patch.look_for(module, self.inside)
         x = self.input.get(args, kwargs)
-        b, h, w = x.shape[0], x.shape[-2], x.shape[-1]
+        b, (h, w) = x.shape[0], x.shape[-2:]
         if is_traced() or is_exported():  # for images of one size
             h, w = int(h), int(w)
-        h, w = constant(h), constant(w)
-        if is_traced():
-            b = int(b)
-        h, w = h // self.side, w // self.side
+        b = int(b) if is_traced() else b
+        h, w = constant(h) // self.side, constant(w) // self.side
         step = None if self.timestep is None else Step.at(self.timestep.get(args, kwargs))
         call = Call(self.network.image(self.level, h, w, x, step), b)
         if self.carrier is not None:
@@ -283,7 +288,8 @@ class BlockHooks:
         self.plan: Plan | None = None
         self.tokens = Argument(site.module, site.block.tokens, 0)
         self.carrier = Argument(site.module, family.carrier) if family.carrier else None
-        self.attn = site.block.attn.path
+        # Paths of parts that it is not right without, and a hook on each.
+        self.inside: dict[str, Any] = {site.block.attn.path: self.receive}
         self.parts = [part.path for part in site.block.parts.values()]
         self.plans = False  # whether its own parts ask for a plan
         patch.before(site.module, self.enter)
@@ -338,12 +344,9 @@ class BlockHooks:
         own.call, own.planned = self.call_of(args, kwargs), None
         if torch.compiler.is_compiling() or not self.patch.is_owned:
             return
-        attn = submodule(block, self.attn)
-        if attn is not None and not any(self.receive in hooks_before(module) for module in attn.modules()):
-            raise RuntimeError(
-                f"tomesd: {self.attn} of {self.name} was replaced after apply_patch, by a "
-                f"{type(attn).__name__}: patch again"
-            )
+        for path, hook in self.inside.items():
+            if changed := fate(submodule(block, path), hook):
+                raise RuntimeError(f"tomesd: {path} of {self.name} {changed}: patch again")
         for path in self.parts:
             self.patch.keep_inside(submodule(block, path))
 
