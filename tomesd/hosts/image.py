@@ -37,6 +37,7 @@ class Image:
     device: torch.device | None = None
     downsample: int = 1  # how many times smaller it is than the network's input
     number: int | None = None  # of the step in its loop, if it is known
+    is_given: bool = False  # to programs of torch.compile, of blocks that are compiled alone
     tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # of `always`
     shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # of `once`
 
@@ -52,6 +53,8 @@ class Image:
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What is made once for all blocks that share this image: those of a level, in one step."""
+        if self.is_given and torch.compiler.is_compiling():
+            return make()  # or the first block of a level would need a program of its own
         if key not in self.shared:
             self.shared[key] = make()
         made: T = self.shared[key]
@@ -190,8 +193,9 @@ class NetworkHooks:
                 # Not divmod, which programs of torch.compile cannot have of an open number.
                 each, rest = x.shape[0] // timestep.numel(), x.shape[0] % timestep.numel()
                 timestep = timestep.flatten()[:1] if rest else timestep.flatten().repeat_interleave(each)
-            made = Image(h, w, timestep, x.device, 2**level, step.number, self.tables)
-            image = step.images[level] = made
+            given = not torch.compiler.is_compiling()
+            image = Image(h, w, timestep, x.device, 2**level, step.number, given, self.tables)
+            step.images[level] = image
         return image
 
 
@@ -239,8 +243,7 @@ class ContainerHooks:
         b, (h, w) = x.shape[0], x.shape[-2:]
         if is_traced() or is_exported():  # for images of one size
             h, w = int(h), int(w)
-        b = int(b) if is_traced() else b
-        h, w = constant(h) // self.side, constant(w) // self.side
+        b, h, w = int(b) if is_traced() else b, h // self.side, w // self.side
         step = None if self.timestep is None else Step.at(self.timestep.get(args, kwargs))
         call = Call(self.network.image(self.level, h, w, x, step), b)
         if self.carrier is not None:
@@ -288,15 +291,12 @@ class BlockHooks:
         self.plan: Plan | None = None
         self.tokens = Argument(site.module, site.block.tokens, 0)
         self.carrier = Argument(site.module, family.carrier) if family.carrier else None
-        # Paths of parts that it is not right without, and a hook on each.
-        self.inside: dict[str, Any] = {site.block.attn.path: self.receive}
+        self.inside: dict[str, Any] = {site.block.attn.path: self.receive}  # parts that it needs
         self.parts = [part.path for part in site.block.parts.values()]
         self.plans = False  # whether its own parts ask for a plan
         patch.before(site.module, self.enter)
-        for name in ("attn", "cross"):
-            part = site.part(name)
-            if part is not None:
-                patch.before(part, self.receive)
+        for part in filter(None, (site.part("attn"), site.part("cross"))):
+            patch.before(part, self.receive)
         patch.after(site.module, self.forget)
 
     def plan_by_input(self, site: Site) -> None:
@@ -339,7 +339,6 @@ class BlockHooks:
         return token_map
 
     def enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        constant(self.tokens.get(args, kwargs).shape[1])  # blocks may be compiled alone
         own = self.own.get()
         own.call, own.planned = self.call_of(args, kwargs), None
         if torch.compiler.is_compiling() or not self.patch.is_owned:
@@ -392,8 +391,9 @@ class BlockHooks:
             )
             return None
         assert self.plan is not None
+        h, w = constant(image.h), constant(image.w)  # blocks may be compiled alone
         if is_traced():  # for one size: at another one the trace is to stop here
-            x = x.reshape(-1, image.h * image.w, x.shape[-1])
+            x = x.reshape(-1, h * w, x.shape[-1])
         token_map = self.plan(x, image)
         for listener in self.patch.listeners:
             listener.note(self.name, image, x.shape[0], token_map)
