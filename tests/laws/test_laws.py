@@ -452,7 +452,7 @@ def test_each_size_has_a_compiled_program_of_its_own():
 @pytest.mark.skipif("sdxl" not in SUBJECTS, reason="of diffusers")
 @pytest.mark.parametrize("method", [tomesd.Merge(unmerge="copy"), tomesd.SampleKeys(probes=0)], ids=str)
 def test_blocks_that_are_compiled_alone_share_a_program_for_each_number_of_tokens(method):
-    """None is for the first block of a level alone; and sizes are fixed at once, not by a guard of each use."""
+    """None is for the first block of a level alone; sizes are fixed at once, not by a guard of each use."""
     model, programs = tomesd.apply_patch(tiny.small_unet(mid_block_type=None), method), []
 
     def backend(graph, inputs):
