@@ -101,34 +101,66 @@ def test_remove_patch_takes_off_what_is_there_whatever_else_there_is():
 
 
 @pytest.mark.parametrize("method", [Merge(), SampleKeys(), MergeStage()], ids=str)
-def test_a_copy_of_a_part_is_plain_and_goes_when_the_patch_goes(method):
+@pytest.mark.parametrize("path", ["attentions.0", "attentions.0.transformer_blocks.0"])
+def test_a_copy_of_a_part_is_plain_and_goes_when_the_patch_goes(path, method):
     """As PEFT makes copies of what it trains whole."""
     unet, case = tiny.small_unet(), tiny.CASES["sd"]
-    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
-    x, text = torch.randn(1, 9, 16), torch.randn(1, 7, tiny.TEXT)
-    wanted, plain = block(x, encoder_hidden_states=text), case(unet)
+    part = unet.down_blocks[0].get_submodule(path)
+    x = torch.randn(1, 16, 8, 8) if path == "attentions.0" else torch.randn(1, 9, 16)
+
+    def run(module):
+        out = module(x, encoder_hidden_states=torch.ones(1, 7, tiny.TEXT))
+        return out if isinstance(out, torch.Tensor) else out.sample
+
+    wanted, plain = run(part), case(unet)
     tomesd.apply_patch(unet, method)
     case(unet)
-    twin = copy.deepcopy(copy.deepcopy(block))
-    assert torch.equal(twin(x, encoder_hidden_states=text), wanted)
+    twin = copy.deepcopy(copy.deepcopy(part))
+    assert torch.equal(run(twin), wanted)
     unet.twin = twin
     tomesd.remove_patch(unet)
     assert torch.equal(case(unet), plain)
     assert not [hook for module in unet.modules() for hook in module._forward_pre_hooks]
-    assert torch.equal(twin(x, encoder_hidden_states=text), wanted)
+    assert torch.equal(run(twin), wanted)
 
 
-def test_attention_that_was_replaced_after_the_patch_is_named():
-    unet, case = tiny.small_unet(), tiny.CASES["sd"]
-    tomesd.apply_patch(unet)
-    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
-    block.attn1 = tiny.small_unet().down_blocks[0].attentions[0].transformer_blocks[0].attn1
-    with pytest.raises(
-        RuntimeError, match=r"attn1 of .* was replaced after apply_patch, by a Attention: patch again"
-    ):
+class Trained(nn.Module):
+    """A part and a copy of it, which is called: peft's `modules_to_save`."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.original, self.copied = part, copy.deepcopy(part)
+
+    def forward(self, *args, **kwargs):
+        return self.copied(*args, **kwargs)
+
+
+CHANGES = {
+    "replaced": lambda unet, path: tiny.small_unet().get_submodule(path),
+    "copied": lambda unet, path: Trained(unet.get_submodule(path)),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        (".transformer_blocks.0.attn1", True),
+        (".transformer_blocks.0.ff", True),
+        (".transformer_blocks.0", False),
+        ("", False),
+    ],
+)
+def test_a_part_that_has_been_changed_since_the_patch_is_named(part, error, how):
+    unet, case, path = tiny.small_unet(), tiny.CASES["sd"], f"down_blocks.0.attentions.0{part}"
+    tomesd.apply_patch(unet, Merge(parts=("attn", "mlp")))
+    wanted = case(unet)
+    unet.set_submodule(path, CHANGES[how](unet, path))
+    says = f"{path.rsplit('.')[-1]}.* was {how} after apply_patch, by a .*: patch again"
+    with pytest.raises(RuntimeError, match=says) if error else pytest.warns(UserWarning, match=says):
         case(unet)
-    tomesd.apply_patch(unet)
-    assert torch.isfinite(case(unet)).all()
+    tomesd.apply_patch(unet, Merge(parts=("attn", "mlp")))
+    assert torch.equal(case(unet), wanted)
 
 
 def test_switching_in_the_middle_of_a_loop():

@@ -176,13 +176,16 @@ class NetworkPatch(Patch):
         hooks = NetworkHooks(self, network.module, network.family)
         if self.shrink is not None:
             self.shrink.attach(network, hooks, self)
+        paths = {module: path for path, module in network.module.named_modules()}
         for container in dict.fromkeys(site.container for site in network.sites):
             sites = [site for site in network.sites if site.container is container]
             methods = dict.fromkeys(self.chosen[site.name] for site in sites if self._has_method(site))
             if not methods:
                 continue
-            inside = ContainerHooks(self, hooks, container, network.family, sites)
+            inside = ContainerHooks(self, hooks, paths[container], container, network.family, sites)
             blocks = {site: BlockHooks(self, inside, site, network.family) for site in sites}
+            hooks.inside[inside.name] = inside.enter
+            inside.inside = {site.name.removeprefix(f"{inside.name}."): blocks[site].enter for site in sites}
             for method in methods:
                 assert isinstance(method, Method)
                 own = [site for site in sites if self.chosen[site.name] == method]

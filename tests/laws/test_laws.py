@@ -448,3 +448,24 @@ def test_each_size_has_a_compiled_program_of_its_own():
         torch.testing.assert_close(compiled(x), model.conv_in(x))
         assert len(programs) == i + 1
     torch.compiler.reset()
+
+
+@pytest.mark.skipif("sdxl" not in SUBJECTS, reason="of diffusers")
+@pytest.mark.parametrize("method", [tomesd.Merge(unmerge="copy"), tomesd.SampleKeys(probes=0)], ids=str)
+def test_blocks_that_are_compiled_alone_share_a_program_for_each_number_of_tokens(method):
+    """None is for the first block of a level alone; sizes are fixed at once, not by a guard of each use."""
+    model, programs = tomesd.apply_patch(tiny.small_unet(mid_block_type=None), method), []
+
+    def backend(graph, inputs):
+        programs.append(len(torch._guards.TracingContext.get().fake_mode.shape_env.guards))
+        return graph
+
+    torch.compiler.reset()
+    call, heights = tiny.CASES["sd"], (8, 12)
+    wanted = [call(model, h, 8) for h in heights]
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    for i, h in enumerate(heights):
+        torch.testing.assert_close(call(model, h, 8), wanted[i])
+        assert len(programs) == i + 1
+    torch.compiler.reset()
+    assert max(programs) <= 2  # of the side that changed, and of the number of tokens

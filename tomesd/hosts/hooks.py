@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..maths.token_map import TokenMap
+from .family import submodule
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -121,12 +122,18 @@ class Patch:
         self.handles: list[RemovableHandle] = []
         self.listeners: list[Listener] = []
         self.warned: set[str] = set()
-        self.is_owned = True  # by the network that it is on; a copy is, once that network has run
+        self.owner: RemovableHandle | None = None  # of a hook on the network itself
 
     def __getstate__(self) -> dict[str, Any]:
         # Nobody listens to copies; and of a copy of a part there are handles whose modules are gone.
         handles = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]
-        return {**vars(self), "handles": handles, "listeners": [], "is_owned": False}
+        owner = self.owner if self.is_owned else None
+        return {**vars(self), "handles": handles, "owner": owner, "listeners": []}
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether there is a network that it is on; that of a copy of a part has none."""
+        return self.owner is not None and self.owner.hooks_dict_ref() is not None
 
     def before(self, module: nn.Module, hook: Callable[..., Any], kwargs: bool = True) -> None:
         """Calls `hook(module, args, kwargs)` before each call of a module; it may return other ones.
@@ -157,6 +164,16 @@ class Patch:
             before.move_to_end(key)
         for key in [key for key in reversed(after) if key in own]:
             after.move_to_end(key, last=False)
+
+    def look_for(self, module: nn.Module, inside: Mapping[str, Any]) -> None:
+        """Warns of modules in one, given by paths and hooks on them, that are called no more."""
+        if torch.compiler.is_compiling():
+            return
+        for path, hook in inside.items():
+            if changed := fate(submodule(module, path), hook):
+                self.warn(
+                    f"{hook.__self__.name} {changed}: patch again, or it may run plain", about="changes"
+                )
 
     def refuse_onnx(self) -> None:
         """Raises a ValueError while what runs is exported to ONNX."""
@@ -195,6 +212,20 @@ def level_of_user() -> int:
 def hooks_before(module: nn.Module | None) -> list[Callable[..., Any]]:
     """What is called before each call of a module."""
     return [] if module is None else list(module._forward_pre_hooks.values())
+
+
+def fate(module: nn.Module | None, hook: Any) -> str | None:
+    """What has become of the module at a place where a hook was put before it, if that is called no more.
+
+    A wrapper around the module will do, but not one that calls a copy of it: peft's `modules_to_save` does.
+    """
+    if module is None or hook in hooks_before(module):
+        return None
+    inside = [other for part in module.modules() for other in hooks_before(part)]
+    copied = any(getattr(other, "__func__", None) is hook.__func__ and other != hook for other in inside)
+    if hook in inside and not copied:
+        return None
+    return f"was {'copied' if copied else 'replaced'} after apply_patch, by a {type(module).__name__}"
 
 
 def is_ours(hook: Callable[..., Any]) -> bool:

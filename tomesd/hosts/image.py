@@ -17,7 +17,7 @@ from ..maths.devices import constant, is_exported, is_traced, untraced
 from ..maths.grid import number_of, shift_of
 from ..maths.token_map import TokenMap
 from .family import Site, submodule
-from .hooks import OWNER, Args, Argument, Kwargs, Patch, PerThread, hooks_before
+from .hooks import OWNER, Args, Argument, Kwargs, Patch, PerThread, fate
 from .unets import ImageFamily
 
 # Sizes and devices of which tables are kept.
@@ -37,6 +37,7 @@ class Image:
     device: torch.device | None = None
     downsample: int = 1  # how many times smaller it is than the network's input
     number: int | None = None  # of the step in its loop, if it is known
+    is_given: bool = False  # to programs of torch.compile, of blocks that are compiled alone
     tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # of `always`
     shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # of `once`
 
@@ -52,6 +53,8 @@ class Image:
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What is made once for all blocks that share this image: those of a level, in one step."""
+        if self.is_given and torch.compiler.is_compiling():
+            return make()  # or the first block of a level would need a program of its own
         if key not in self.shared:
             self.shared[key] = make()
         made: T = self.shared[key]
@@ -126,6 +129,7 @@ class NetworkHooks:
         self.own = PerThread(Current)
         self.last: Step | None = None
         self.tables: dict[Hashable, Any] = {}
+        self.inside: dict[str, Any] = {}  # paths of its containers, and a hook on each
         clock, first, last = (
             next((module for path in paths if (module := submodule(network, path))), None)
             for paths in (family.clock, family.first, family.last)
@@ -135,6 +139,7 @@ class NetworkHooks:
             patch.before(first, self.fix)
         self.has_clock = clock is not None and last is not None
         patch.before(network, self.begin)
+        patch.owner = patch.handles[-1]
         if clock is not None and last is not None:
             self.given = Argument(clock, "", 0)
             patch.before(clock, self.tick)
@@ -147,14 +152,13 @@ class NetworkHooks:
 
     def begin(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
         self.patch.refuse_onnx()
-        if not self.patch.is_owned:
-            self.patch.is_owned = True
         for listener in self.patch.listeners:
             listener.begin()
         if self.has_clock and torch.compiler.is_compiling():
             self.own.get().begun = False  # a forward that failed may have left it so
             return
         self.set(Step.at(self.timestep.get(args, kwargs)))
+        self.patch.look_for(network, self.inside)
 
     def tick(self, clock: nn.Module, args: Args, kwargs: Kwargs) -> None:
         # Once in a forward: some give it other numbers as well, such as frames per second.
@@ -189,8 +193,9 @@ class NetworkHooks:
                 # Not divmod, which programs of torch.compile cannot have of an open number.
                 each, rest = x.shape[0] // timestep.numel(), x.shape[0] % timestep.numel()
                 timestep = timestep.flatten()[:1] if rest else timestep.flatten().repeat_interleave(each)
-            made = Image(h, w, timestep, x.device, 2**level, step.number, self.tables)
-            image = step.images[level] = made
+            given = not torch.compiler.is_compiling()
+            image = Image(h, w, timestep, x.device, 2**level, step.number, given, self.tables)
+            step.images[level] = image
         return image
 
 
@@ -207,6 +212,7 @@ class ContainerHooks:
         self,
         patch: Patch,
         network: NetworkHooks,
+        name: str,
         module: nn.Module,
         family: ImageFamily,
         sites: Sequence[Site],
@@ -220,6 +226,8 @@ class ContainerHooks:
         self.timestep = None if family.containers else network.timestep
         self.own = PerThread(Current)
         self.last: Call | None = None
+        self.name = name
+        self.inside: dict[str, Any] = {}  # paths of its blocks, and a hook on each
         patch.before(module, self.enter)
         if self.carrier is None:
             patch.after(module, self.leave)
@@ -228,14 +236,14 @@ class ContainerHooks:
         return {**vars(self), "last": None}
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        if not torch.compiler.is_compiling() and not self.network.patch.is_owned:
+            return args, kwargs  # a copy of a part
+        self.network.patch.look_for(module, self.inside)
         x = self.input.get(args, kwargs)
-        b, h, w = x.shape[0], x.shape[-2], x.shape[-1]
+        b, (h, w) = x.shape[0], x.shape[-2:]
         if is_traced() or is_exported():  # for images of one size
             h, w = int(h), int(w)
-        h, w = constant(h), constant(w)
-        if is_traced():
-            b = int(b)
-        h, w = h // self.side, w // self.side
+        b, h, w = int(b) if is_traced() else b, h // self.side, w // self.side
         step = None if self.timestep is None else Step.at(self.timestep.get(args, kwargs))
         call = Call(self.network.image(self.level, h, w, x, step), b)
         if self.carrier is not None:
@@ -283,14 +291,12 @@ class BlockHooks:
         self.plan: Plan | None = None
         self.tokens = Argument(site.module, site.block.tokens, 0)
         self.carrier = Argument(site.module, family.carrier) if family.carrier else None
-        self.attn = site.block.attn.path
+        self.inside: dict[str, Any] = {site.block.attn.path: self.receive}  # parts that it needs
         self.parts = [part.path for part in site.block.parts.values()]
         self.plans = False  # whether its own parts ask for a plan
         patch.before(site.module, self.enter)
-        for name in ("attn", "cross"):
-            part = site.part(name)
-            if part is not None:
-                patch.before(part, self.receive)
+        for part in filter(None, (site.part("attn"), site.part("cross"))):
+            patch.before(part, self.receive)
         patch.after(site.module, self.forget)
 
     def plan_by_input(self, site: Site) -> None:
@@ -333,17 +339,13 @@ class BlockHooks:
         return token_map
 
     def enter(self, block: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        constant(self.tokens.get(args, kwargs).shape[1])  # blocks may be compiled alone
         own = self.own.get()
         own.call, own.planned = self.call_of(args, kwargs), None
         if torch.compiler.is_compiling() or not self.patch.is_owned:
             return
-        attn = submodule(block, self.attn)
-        if attn is not None and not any(self.receive in hooks_before(module) for module in attn.modules()):
-            raise RuntimeError(
-                f"tomesd: {self.attn} of {self.name} was replaced after apply_patch, by a "
-                f"{type(attn).__name__}: patch again"
-            )
+        for path, hook in self.inside.items():
+            if changed := fate(submodule(block, path), hook):
+                raise RuntimeError(f"tomesd: {path} of {self.name} {changed}: patch again")
         for path in self.parts:
             self.patch.keep_inside(submodule(block, path))
 
@@ -389,8 +391,9 @@ class BlockHooks:
             )
             return None
         assert self.plan is not None
+        h, w = constant(image.h), constant(image.w)  # blocks may be compiled alone
         if is_traced():  # for one size: at another one the trace is to stop here
-            x = x.reshape(-1, image.h * image.w, x.shape[-1])
+            x = x.reshape(-1, h * w, x.shape[-1])
         token_map = self.plan(x, image)
         for listener in self.patch.listeners:
             listener.note(self.name, image, x.shape[0], token_map)

@@ -136,6 +136,10 @@ class FewerKeys(PartHooks):
         keys = self.keys.get(args, kwargs)
         keys = x if keys is None else keys
         if not self.takes(keys, x, token_map):
+            self.block.patch.warn(
+                f"{self.name} was given keys of its own, {list(keys.shape[:2])} tokens, not those of its "
+                "block: such calls are left as they are"
+            )
             return args, kwargs
         few = self.keys_of(keys, token_map)
         values = self.given_values(args, kwargs)

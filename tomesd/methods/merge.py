@@ -152,6 +152,7 @@ class Merge(Matched):
                     hooks = MergedPart(block, module, part, kind, method, self.prop_attn)
                     hooks.linear = self.unmerge == "linear"
                     patch.before(module, hooks.enter)
+                    block.inside.setdefault(part.path, hooks.enter)
                     patch.after(module, hooks.leave, first=True)  # hooks of others are given all tokens
 
     def work(self, sites: Sequence[Site]) -> Work:

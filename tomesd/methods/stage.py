@@ -125,12 +125,17 @@ class StagedPart(PartHooks):
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         self.refuse(module, kwargs)
-        given = self.bias is not None and self.bias.get(args, kwargs) is not None
-        if self.kind != "attn" or not (given or self.weighs(module)):
+        kept = kept_by(self.block, self.block.own.get().call) if self.kind == "attn" else None
+        if kept is None:
             return args, kwargs
-        kept = kept_by(self.block, self.block.own.get().call)
-        if kept is None or not kept.map.fits(self.tokens.get(args, kwargs), kept.map.groups):
-            return args, kwargs  # nothing has merged, or these are not the tokens that did
+        x = self.tokens.get(args, kwargs)
+        if not kept.map.fits(x, kept.map.groups):
+            self.block.patch.warn(
+                f"{self.name} was called with {list(x.shape[:2])} tokens, not with the {kept.map.groups} of "
+                "each image that MergeStage left: such calls do as they are asked, which goes wrong if that "
+                "is about places"
+            )
+            return args, kwargs
         return self.merge_bias(module, kept.map, args, kwargs)
 
 
