@@ -67,8 +67,8 @@ class Sliced:
         self.tokens, self.groups = tokens, tokens - r
         self.index = torch.empty(1, 0)  # the same for all samples
 
-    def fits(self, x: Tensor) -> bool:
-        return x.shape[1] == self.tokens
+    def fits(self, x: Tensor, length: int | None = None) -> bool:
+        return x.shape[1] == (self.tokens if length is None else length)
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
         return x[:, : self.groups]
