@@ -305,6 +305,17 @@ def test_networks_of_transformers_that_do_not_fit_say_why(path, options, reason)
     no_traces(model)
 
 
+def test_a_network_without_the_model_that_chooses_its_attention_is_eager():
+    from transformers.models.git.modeling_git import GitVisionConfig, GitVisionTransformer
+
+    model = tiny_vit.randomised(GitVisionTransformer(GitVisionConfig(**tiny_vit.CONFIG)))
+    assert model.config._attn_implementation is None
+    tome.set_r(tome.apply_patch(model), SCHEDULE)
+    merged = model(tiny_vit.images()).last_hidden_state
+    model.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(model(tiny_vit.images()).last_hidden_state, merged, rtol=1e-4, atol=1e-5)
+
+
 def test_masks_and_packs_of_images_are_refused():
     case = tiny_vit.ALIKE["transformers SmolVLM"]
     model = tome.apply_patch(case.build())

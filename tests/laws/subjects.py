@@ -162,12 +162,16 @@ if "TOMESD_FLOOR" in os.environ:  # scripts/floor.sh: old packages lack classes,
 
 
 def traces(model: nn.Module) -> list[Any]:
-    """Everything on a model that tomesd could have left there."""
+    """Everything on a model that tomesd could have left there: not hooks that transformers has."""
     found: list[Any] = []
     for module in model.modules():
         found += [name for name in vars(module) if "tome" in name or name == "r"]
         found += [
-            hook for name, hooks in vars(module).items() if name.endswith("_hooks") for hook in hooks.values()
+            hook
+            for name, hooks in vars(module).items()
+            if name.endswith("_hooks")
+            for hook in hooks.values()
+            if not str(getattr(hook, "__module__", "")).startswith("transformers")
         ]
     return found
 
