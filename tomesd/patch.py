@@ -10,9 +10,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from .hosts.blocks import BlockHooks
 from .hosts.family import Site, named_modules_of, refuse_shared
 from .hosts.hooks import OWNER, Patch, is_ours, patch_of, show_hooks_to_compile, take_off
-from .hosts.image import BlockHooks, ContainerHooks, NetworkHooks, Plan
+from .hosts.image import ContainerHooks, NetworkHooks, Plan
 from .hosts.unets import find_networks
 from .merge import compute_merge as compute_merge  # where tomesd 0.1.3 has it
 from .methods import cost, options

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hosts.blocks import BlockHooks
 from ..hosts.family import Site
 from ..hosts.hooks import Patch
-from ..hosts.image import BlockHooks, Call, Image
+from ..hosts.image import Call, Image
 from ..hosts.unets import BASIC, FAMILIES
 from ..methods.merge import Merge
 from ..methods.merge_keys import MergeKeys

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..hosts.blocks import BlockHooks
 from ..hosts.family import Part, submodule
 from ..hosts.hooks import Args, Argument, Kwargs, has_hooks_of_others, has_other_forward
-from ..hosts.image import BlockHooks
 from ..maths.attention import key_bias, merge_mask
 from ..maths.token_map import TokenMap
 

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..hosts.blocks import BlockHooks
 from ..hosts.family import Site
 from ..hosts.hooks import Args, Kwargs, Patch
-from ..hosts.image import BlockHooks, Image
+from ..hosts.image import Image
 from ..maths.probes import add_missed, number_of_probes
 from ..maths.sampling import Samples, how_many, sample_size, sample_tokens
 from ..maths.token_map import TokenMap, _take

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ..hosts.blocks import BlockHooks
 from ..hosts.family import Site, submodule
 from ..hosts.hooks import Args, Kwargs, Patch
-from ..hosts.image import BlockHooks, Image
+from ..hosts.image import Image
 from ..maths.grid import Grid
 from ..maths.linear import unmerge_linear
 from ..maths.matching import Windows, match_exact, match_windowed

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..hosts.blocks import BlockHooks
 from ..hosts.family import Site
 from ..hosts.hooks import Patch
-from ..hosts.image import BlockHooks, Image
+from ..hosts.image import Image
 from ..maths.token_map import TokenMap
 from . import options
 from .cost import Work

@@ -9,9 +9,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..hosts.blocks import BlockHooks
 from ..hosts.family import Site, submodule
 from ..hosts.hooks import Args, Kwargs, Patch, has_hooks_of_others
-from ..hosts.image import BlockHooks, Call
+from ..hosts.image import Call
 from ..maths.token_map import TokenMap
 from .attention import PartHooks, refuse_caches
 from .cost import Work, work_of
