@@ -1,7 +1,7 @@
 """Images of tokens while a network runs: their size, their step, what blocks share, how blocks get to know.
 
 State has three lifetimes. For good: a patch and the tables that depend on a size alone. For a call of a
-container: its `Image`, which travels with the call. For a call of a block: its `BlockCall`, each thread's own.
+container: its `Image`, which travels with the call. For a call of a block: `BlockCall`, each thread's own.
 """
 
 from __future__ import annotations
