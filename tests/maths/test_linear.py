@@ -75,16 +75,17 @@ def test_both_forms_of_the_solution_are_the_same(c):
 
 
 def test_samples_that_a_fit_does_not_help_copy_to_the_bit():
-    token_map, x, merged = case(b=5, dtype=torch.float32)
-    y = torch.randn(5, 150, 6)  # what no map of the tokens predicts
+    token_map, x, merged = case(b=6, dtype=torch.float32)
+    y = torch.randn(6, 150, 6)  # what no map of the tokens predicts
     y[1] = nn.Linear(8, 6)(merged[1]).detach()
     merged, x = merged.clone(), x.clone()
     merged[2] = 3.0  # nothing to fit to
     merged[3, 5] = torch.nan
     y[4, 7] = torch.inf
     y[4, 8] = -torch.inf
+    merged[5], x[5] = merged[5] * 1e25, x[5] * 1e25  # whose squares overflow
     got, copied = unmerge_linear(token_map, x, merged, y), token_map.unmerge(y)
-    for b in (0, 2):
+    for b in (0, 2, 5):
         assert torch.equal(got[b], copied[b])
     assert not torch.equal(got[1], copied[1])
     where = token_map.index[3] != 5
