@@ -96,7 +96,7 @@ def biased_attention(
     scale = usual if scale is None else scale
     width = -(-(max(d + 1, dv)) // ALIGNMENT) * ALIGNMENT
 
-    def constant(one: int, zeros: int, like: Tensor) -> Tensor:
+    def channels(one: int, zeros: int, like: Tensor) -> Tensor:
         made = kept(
             ("channels", one, zeros, like.dtype),
             like.device,
@@ -106,7 +106,7 @@ def biased_attention(
 
     # One more channel: 1 of each query, the bias of each key.
     weighed = (bias / scale).to(key.dtype).transpose(-1, -2).expand(*key.shape[:-1], 1)
-    query = torch.cat([query, constant(1, width - d - 1, query)], dim=-1)
-    key = torch.cat([key, weighed, constant(0, width - d - 1, key)], dim=-1)
-    value = torch.cat([value, constant(0, width - dv, value)], dim=-1)
+    query = torch.cat([query, channels(1, width - d - 1, query)], dim=-1)
+    key = torch.cat([key, weighed, channels(0, width - d - 1, key)], dim=-1)
+    value = torch.cat([value, channels(0, width - dv, value)], dim=-1)
     return F.scaled_dot_product_attention(query, key, value, scale=scale, **options)[..., :dv]

@@ -21,7 +21,7 @@ from torch import Tensor
 from .devices import has_cholesky
 from .token_map import _take, in_full_precision
 
-# .01 to .03 are alike; the highest of these leaves most room for rounding.
+# A third of it is a little nearer, three times as much is farther; a high one leaves most room for rounding.
 RIDGE = 0.03
 # Tokens for each probe at least, so that probes cost little beside what they look at.
 SHARE = 16
