@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..methods import files
 from ..tools import extras
+from .memory import keep_freed
 from .torchvision import mend_torchvision
 
 # The repository, where this is a checkout of it.
@@ -118,6 +119,7 @@ def dispatch(
 def guarded(program: str, call: Callable[[], int], if_full: str = "smaller sizes or batches") -> int:
     """The exit code of a call; mistakes are explained in a line. `if_full`: what to try if memory ends."""
     take_any_text()
+    keep_freed()
     try:
         try:
             return call()

@@ -1,4 +1,4 @@
-"""How much memory a call takes, and how much there is."""
+"""How much memory a call takes, how much there is, and what becomes of what is freed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ from pathlib import Path
 import torch
 
 PROC = Path("/proc/self")
+WITHOUT_GLIBC = OSError, AttributeError, TypeError
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed() -> None:
+    """Makes this process keep the memory that it frees, as PyTorch does on a GPU.
+
+    The allocator of Linux hands large pieces back at once, and each step of a network gets them again page by
+    page: of a step of the shipped model on two cores that is a ninth of the time, and a fifth of a merged one.
+    """
+    with contextlib.suppress(*WITHOUT_GLIBC):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def available(device: str | torch.device) -> int | None:
@@ -51,7 +65,7 @@ class Peak:
             self.before = torch.cuda.memory_allocated(self.device)
         elif self.device.type == "cpu":
             # What the allocator keeps for later would be missing from what is added.
-            with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
+            with contextlib.suppress(*WITHOUT_GLIBC):
                 ctypes.CDLL(None).malloc_trim(0)
             with contextlib.suppress(OSError):
                 (PROC / "clear_refs").write_text("5")  # the high-water mark falls to what is held now

@@ -10,8 +10,9 @@ from .devices import has_cholesky
 from .numbers import kept, up_to
 from .token_map import TokenMap, in_full_precision
 
-# So many merged tokens are looked at; of each three, two are fitted and one judges the fit.
-SAMPLE = 768
+# So many merged tokens are looked at; of each three, two are fitted and one judges the fit. Twice as many are a
+# little nearer where attention is peaky, and take twice the time.
+SAMPLE = 384
 # Ridges, as shares of the mean square of the inputs: flat attention is fitted best by the first, peaky by the
 # second (scripts/bench attention --fit).
 RIDGES = (0.01, 0.3)
@@ -43,10 +44,8 @@ def unmerge_linear(token_map: TokenMap, x: Tensor, merged: Tensor, y: Tensor) ->
     if token_map.is_identity or token_map.groups < 3 or not has_cholesky(y.device):
         return token_map.unmerge(y)
     with in_full_precision(x):
-        w = fit(merged, y).to(y.dtype)
-        # Before unmerging, so that nothing but the output has the size of all tokens.
-        constant = torch.baddbmm(y, merged.to(y.dtype), w, alpha=-1)
-        return token_map.unmerge(constant).baddbmm_(x.to(y.dtype), w)
+        apart = token_map.unmerge(merged).sub_(x).to(y.dtype)
+        return token_map.unmerge(y).baddbmm_(apart, fit(merged, y).to(y.dtype), alpha=-1)
 
 
 def fit(x: Tensor, y: Tensor) -> Tensor:
@@ -60,40 +59,34 @@ def fit(x: Tensor, y: Tensor) -> Tensor:
     sample = torch.cat(thirds, dim=3)
     sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
     sample = sample - sample.mean((1, 2), keepdim=True)
-    judged = sample[:, 2]
-    maps = F.pad(ridge(sample[:, :2, :, : c + d].flatten(1, 2), c), (0, 0, d, 0))  # the first is 0
-    missed = torch.baddbmm(judged[..., c:], judged[..., :c], maps.mT, alpha=-1)
+    fitted, judged = sample[:, :2].flatten(1, 2), sample[:, 2]
+    inputs, is_wide = fitted[..., :c], c > 2 * n
+    # Of the two forms of the same solution the one with the smaller matrix: channels by channels, or tokens by
+    # tokens, where the map is `inputs.mT` times what is solved for.
+    if is_wide:
+        products, ridges = _products(sample.flatten(1, 2)[..., :c], inputs.mT, c)
+        k = 2 * n
+        features, wanted = products[:, k:], fitted[..., c : c + d]
+    else:
+        products, ridges = _products(inputs.mT, fitted[..., : c + d], c)
+        k = c
+        features, wanted = judged[..., :c], products[..., c:]
+    maps = _solve(products[:, :k, :k], wanted, ridges[:, :k, :k])
+    maps = F.pad(maps, (0, 0, d, 0))  # the first is 0
+    missed = torch.baddbmm(judged[..., c:], features, maps.mT, alpha=-1)
     missed = torch.linalg.vector_norm(missed.unflatten(2, (-1, d)), dim=(1, 3))
     # What is not a number comes last; where nothing is one, the map that is 0 stays first.
     best = missed.sort(dim=1, stable=True).indices[:, 0]
-    chosen: Tensor = maps.unflatten(1, (-1, d))[up_to(b, x.device), best]
-    return chosen.mT
+    chosen: Tensor = maps.unflatten(1, (-1, d))[up_to(b, x.device), best].mT
+    return inputs.mT @ chosen if is_wide else chosen
 
 
-def ridge(sample: Tensor, c: int) -> Tensor:
-    """Ridge regression, without intercept, of the channels from `c` on, on those before.
-
-    Args:
-        sample: `[B, n, C + D]`.
-
-    Returns:
-        The transposed map of each of the ridges, one below the other, `[B, ridges * D, C]`.
-    """
-    x, y = sample[..., :c], sample[..., c:]
-    if c <= sample.shape[1]:
-        gram, ridges = _gram(x.mT, sample, c)
-        return _solve(gram[..., :c], gram[..., c:], ridges[..., :c])
-    # Of the two forms of the same solution this one has the smaller matrix.
-    gram, ridges = _gram(x, x.mT, c)
-    return _solve(gram, y, ridges) @ x
-
-
-def _gram(a: Tensor, b: Tensor, c: int) -> tuple[Tensor, Tensor]:
+def _products(a: Tensor, b: Tensor, c: int) -> tuple[Tensor, Tensor]:
     """`a @ b`, `[B, n, m]`, and the ridges where the mean of its diagonal is 1, `[ridges, n, m]`."""
 
     def make() -> Tensor:
         # The trace of either form is the sum of the inputs' squares.
-        share = torch.tensor(RIDGES, dtype=a.dtype, device=a.device) * n / c
+        share = torch.tensor(RIDGES, dtype=a.dtype, device=a.device) * min(n, m) / c
         return torch.eye(n, m, dtype=a.dtype, device=a.device) * share[:, None, None]
 
     n, m = a.shape[1], b.shape[2]
@@ -103,6 +96,7 @@ def _gram(a: Tensor, b: Tensor, c: int) -> tuple[Tensor, Tensor]:
 
 
 def _solve(gram: Tensor, right: Tensor, ridges: Tensor) -> Tensor:
+    """The transposed solution for each of the ridges, one below the other, `[B, ridges * D, k]`."""
     size = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None, None]
     # cholesky_ex does not wait for the device to say whether it failed. Then there are no numbers.
     root = torch.linalg.cholesky_ex(torch.addcmul(gram[:, None], size, ridges)).L

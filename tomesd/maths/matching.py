@@ -43,9 +43,14 @@ class Windows:
         cells = outer(y.cells, x.cells, grid.columns)
         return cls(outer(y.tokens, x.tokens, grid.w), cells, slot.flatten())
 
-    def receivers(self, dst: Tensor) -> Tensor:
-        """The dst of the windows, `[1 or B, windows * K]`, of one in each cell, `[1 or B, cells]`."""
-        return dst.index_select(1, self.cells.flatten())
+    def compared(self, dst: Tensor) -> Tensor:
+        """The tokens of each window, then the dst of its cells, given one of each cell `[1 or B, cells]`.
+
+        Returns:
+            Positions, int64 `[1 or B, windows, L + K]`.
+        """
+        there = dst.index_select(1, self.cells.flatten()).view(-1, *self.cells.shape)
+        return torch.cat([self.tokens.expand(len(there), -1, -1), there], dim=2)
 
 
 @torch.no_grad()
@@ -100,7 +105,7 @@ def match_exact(
 
 @torch.no_grad()
 def match_windowed(
-    metric: Tensor, windows: Windows, dst: Tensor, r: int, receivers: Tensor | None = None
+    metric: Tensor, windows: Windows, dst: Tensor, r: int, compared: Tensor | None = None
 ) -> TokenMap:
     """As exact matching, but a token may only join a dst of its own window of the image.
 
@@ -114,24 +119,22 @@ def match_windowed(
         windows: of the image.
         dst: position of each cell's dst, int64 `[1 or B, cells]`.
         r: how many tokens leave, at most the grid's `max_r`.
-        receivers: `windows.receivers(dst)`, if it is known already.
+        compared: `windows.compared(dst)`, if it is known already.
     """
-    (b, n, c), cells, (count, k) = metric.shape, dst.shape[1], windows.cells.shape
-    receivers = windows.receivers(dst) if receivers is None else receivers
-    unit = F.layer_norm(metric, (c,), eps=TINY)
-    members = unit.index_select(1, windows.tokens.flatten()).view(b * count, -1, c)
-    there = _take(unit, receivers).view(b * count, k, c)
-    del unit  # the largest that is held
-    value, local = (members @ there.mT).max(dim=-1)
+    (b, n, c), cells, (count, side) = metric.shape, dst.shape[1], windows.tokens.shape
+    compared = windows.compared(dst) if compared is None else compared
+    tokens = _take(F.layer_norm(metric, (c,), eps=TINY), compared.flatten(1)).view(b * count, -1, c)
+    value, local = (tokens[:, :side] @ tokens[:, side:].mT).max(dim=-1)
+    del tokens  # the largest that is held
 
     def joined(choices: Tensor) -> Tensor:
-        """Which of each window's `choices` `[1 or B, windows * K]` each token of the image takes."""
-        best = choices.view(-1, count, k).expand(b, -1, -1).gather(2, local.view(b, count, -1))
+        """Which of each window's `choices` `[1 or B, windows, K]` each token of the image takes."""
+        best = choices.expand(b, -1, -1).gather(2, local.view(b, count, -1))
         # Back to the image: where windows overlap each token takes its own window's answer.
         return best.view(b, -1).index_select(1, windows.slot)
 
     if r == n - cells:  # all join, and nobody has to be chosen
-        index = joined(windows.cells)
+        index = joined(windows.cells[None])
         cell = up_to(cells, dst.device)
         dst = dst.expand(b, -1)
         return TokenMap(index.scatter_(1, dst, cell.expand(b, -1)), dst)
@@ -139,7 +142,7 @@ def match_windowed(
     score = value.view(b, -1).index_select(1, windows.slot).nan_to_num_(torch.finfo(value.dtype).min)
     score.scatter_(1, dst.expand(b, -1), -torch.inf)
     keep = score.topk(n - r, dim=1, largest=False, sorted=False).indices
-    stays_or_joins = joined(receivers).scatter_(1, keep, keep)
+    stays_or_joins = joined(compared[..., side:]).scatter_(1, keep, keep)
     # Of tokens that leave it is never read.
     rank = torch.empty_like(stays_or_joins).scatter_(1, keep, up_to(n - r, dst.device).expand(b, -1))
     return TokenMap(rank.gather(1, stays_or_joins), keep)

@@ -72,8 +72,8 @@ def match(
     dst = image.once(("dst", *stride, seed), lambda: draws.dst(image.shift))
     if matching == "windowed":
         windows = image.always(("windows", *stride), lambda: Windows.of(grid, device=image.device))
-        receivers = image.once(("receivers", *stride, seed), lambda: windows.receivers(dst))
-        return match_windowed(x, windows, dst, r, receivers)
+        compared = image.once(("compared", *stride, seed), lambda: windows.compared(dst))
+        return match_windowed(x, windows, dst, r, compared)
     return match_exact(x, image.once(("partition", *stride, seed), lambda: grid.partition(dst)), r)
 
 
