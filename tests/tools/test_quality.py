@@ -16,10 +16,11 @@ from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import Dinov2Config, Dinov2Model
 
+import tomesd
 from tomesd.__main__ import main
 from tomesd.commands import drawing, metrics, quality
 from tomesd.commands.common import ROOT
-from tomesd.commands.pipelines import EMOJI_MODEL
+from tomesd.commands.pipelines import EMOJI_MODEL, load_pipeline
 from tomesd.commands.ways import WAYS, Way
 
 FEW = ["--prompts", "2", "--steps", "2", "--rounds", "1", "--ratios", "0.5"]
@@ -159,6 +160,21 @@ def test_without_guidance_or_dinov2(tmp_path, monkeypatch, capsys):
     assert "guided_error left out: there is none with --guidance 1" in printed
 
 
+def test_recipes_are_drawn_beside_the_ways(tmp_path):
+    pipe = load_pipeline(EMOJI_MODEL, torch.device("cpu"), torch.float32)
+    finest = [block.name for block in tomesd.explain(pipe).rows if block.downsample == 1]
+    file = tmp_path / "mine.json"
+    tomesd.Recipe({finest[0]: tomesd.Merge(0.75)}).save(file)
+    call = [tmp_path / "q.csv", "--cache", tmp_path, "--size", "64", *FEW, "--ways", "windowed"]
+    _, merged, mine = compare(*call, "--recipes", file)
+    assert (mine["way"], mine["ratio"], mine["note"]) == ("mine", "", "")
+    assert 0 < float(mine["step_error"]) != float(merged["step_error"])
+    tomesd.Recipe({finest[0]: tomesd.Merge(0.25)}).save(file)  # is another one, and drawn anew
+    assert float(compare(*call, "--recipes", file)[2]["step_error"]) < float(mine["step_error"])
+    tomesd.Recipe({"unet.nowhere": tomesd.Merge(0.25)}).save(file)
+    assert "nothing to merge at 'unet.nowhere'" in compare(*call, "--recipes", file)[2]["note"]
+
+
 def test_a_way_that_fails_when_drawing_has_a_note(tmp_path):
     def fail(unet, setting):
         def count(*_):
@@ -188,6 +204,8 @@ def test_pipelines_that_need_more_than_a_prompt_say_so(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["--recipes", "no/where.json"], "argument --recipes: no/where.json: [Errno 2] No such file"),
+        (["--recipes", "README.md"], "argument --recipes: README.md: "),
         (["--ways", "ideal"], "invalid choice: 'ideal'"),
         (["--prompts", "10000"], "--prompts: 10000, where there are"),
         (["--prompts-file", "no/where.txt"], "--prompts-file: [Errno 2] No such file"),

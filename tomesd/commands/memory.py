@@ -18,8 +18,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def keep_freed() -> None:
     """Makes this process keep the memory that it frees, as PyTorch does on a GPU.
 
-    The allocator of Linux hands large pieces back at once, and each step of a network gets them again page by
-    page: of a step of the shipped model on two cores that is a ninth of the time, and a fifth of a merged one.
+    The allocator of Linux hands large pieces back at once, and each step of a network gets them again page
+    by page: of a step of the shipped model on two cores that is a ninth of the time, of a merged one a fifth.
     """
     with contextlib.suppress(*WITHOUT_GLIBC):
         libc = ctypes.CDLL(None)

@@ -71,6 +71,14 @@ def make_method(name: str, ratio: float) -> tuple[tomesd.Method, list[str]]:
             raise UserError(str(error)) from None
 
 
+def read_recipe(file: Path, option: str) -> tomesd.Recipe:
+    """The recipe in a file that an option names; a UserError says why there is none."""
+    try:
+        return tomesd.Recipe.load(file)
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"argument {option}: {file}: {error}") from None
+
+
 def method_asked(args: argparse.Namespace, tell: bool = False) -> tomesd.Method | tomesd.Recipe | None:
     """What was asked for, None for plain; a UserError says why that cannot be, before a model is loaded.
 
@@ -79,10 +87,7 @@ def method_asked(args: argparse.Namespace, tell: bool = False) -> tomesd.Method 
     if args.recipe:
         if (args.method, args.ratio, args.max_downsample) != args.unasked:
             raise UserError("argument --recipe: it goes without --method, --ratio and --max-downsample")
-        try:
-            return tomesd.Recipe.load(args.recipe)
-        except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"argument --recipe: {args.recipe}: {error}") from None
+        return read_recipe(args.recipe, "--recipe")
     method, notes = make_method(args.method, args.ratio)
     for note in notes if tell else ():
         say(f"note: {note}")

@@ -2,6 +2,7 @@
 
     tomesd quality --quick                          the model that comes with tomesd, a few pictures
     tomesd quality --csv quality.csv --plot quality.png
+    tomesd quality --recipes recipe.json            what `tomesd tune` has written, beside all ways
     tomesd quality --model OWNER/MODEL --prompts-file prompts.txt --dtype float16 --batch 2
 
 Any pipeline with a UNet will do: Stable Diffusion 1, 2 and XL. Each prompt is drawn plain, and from the same
@@ -35,12 +36,15 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ..methods.choice import DOWNSAMPLES
-from . import common, metrics, plot
+from ..methods.recipe import Recipe
+from ..patch import apply_patch
+from . import common, metrics, options, plot
 from .common import DTYPES, Row, UserError, guarded, need, positive, ratio, say
 from .drawing import FEWER, Drawings, Point
 from .metrics import METRICS, Measure, Metric, Missing, Pictures, Task
@@ -56,7 +60,7 @@ from .pipelines import (
     prompts_in,
     weights_of,
 )
-from .ways import WAYS, Ways
+from .ways import WAYS, Way, Ways
 
 PROGRAM = "tomesd quality"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -121,6 +125,8 @@ def make_parser(program: str, compared: Comparison) -> argparse.ArgumentParser:
         help="levels to work at (the finest with attention)",
     )
     parser.add_argument("--ways", nargs="+", choices=compared.names, metavar="WAY", help="these, and plain")
+    recipes = "and what `tomesd tune` has written, each named as its file"
+    parser.add_argument("--recipes", type=Path, nargs="+", default=[], metavar="FILE", help=recipes)
     parser.add_argument("--rounds", type=positive, help="timed calls of each point (5)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
     parser.add_argument("--device", default="auto", help="(the best there is)")
@@ -146,6 +152,7 @@ def check(args: argparse.Namespace, compared: Comparison) -> None:
     for option, value in ({"ways": drawn} | (QUICK if args.quick else FULL)).items():
         if getattr(args, option) is None and not (option == "prompts" and args.prompts_file):
             setattr(args, option, value)
+    args.ways = [*args.ways, *(file.stem for file in args.recipes)]
     common.check_parent(args.csv, "--csv")
     common.make_folder(args.cache, "--cache")
     check_model(args.model)
@@ -156,6 +163,26 @@ def check(args: argparse.Namespace, compared: Comparison) -> None:
         raise UserError(f"this needs {', '.join(absent)}: pip install 'tomesd[bench]'")
     for option in ("plot", "sheet"):
         plot.check_file(getattr(args, option), f"--{option}")
+
+
+def with_recipes(compared: Comparison, files: Sequence[Path]) -> Comparison:
+    """The same ways, and each of these files of recipes, whose name is that of a way.
+
+    Raises:
+        UserError: a file cannot be read, holds no recipe, or is named as another way.
+    """
+    ways = dict(compared.ways)
+    for number, file in enumerate(files):
+        recipe = options.read_recipe(file, "--recipes")
+        if file.stem in (*ways, FEWER):
+            raise UserError(f"argument --recipes: {file.stem} is the name of another way: rename {file}")
+
+        def patch(network: Any, setting: Any, recipe: Recipe = recipe) -> None:
+            apply_patch(SimpleNamespace(unet=network), recipe)
+
+        colour = f"C{4 + number % 3}"
+        ways[file.stem] = Way(f"the recipe in {file}", colour, patch, has_ratio=False)
+    return Comparison(ways, compared.metrics)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -241,6 +268,7 @@ def open_folder(args: argparse.Namespace, prompts: list[str], ways: Ways) -> Pat
             for name in ("batch", "size", "steps", "guidance", "dtype", "max_downsample")
         },
         "prompts": prompts,
+        **{f"recipe {file.stem}": file.read_text(encoding="utf-8") for file in args.recipes},
         "device": torch.device(args.device).type,
         "torch": torch.__version__,
         "diffusers": need("diffusers").__version__,
@@ -323,6 +351,7 @@ def run(args: argparse.Namespace, compared: Comparison) -> int:
         fewer = {FEWER: "plain, with fewer steps"}
         common.list_lines({way: fewer.get(way) or compared.ways[way].explains for way in compared.names})
         return 0
+    compared = with_recipes(compared, args.recipes)
     check(args, compared)
     prompts = read_prompts(args)
     pipe = load(args)

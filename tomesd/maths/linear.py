@@ -10,8 +10,8 @@ from .devices import has_cholesky
 from .numbers import kept, up_to
 from .token_map import TokenMap, in_full_precision
 
-# So many merged tokens are looked at; of each three, two are fitted and one judges the fit. Twice as many are a
-# little nearer where attention is peaky, and take twice the time.
+# So many merged tokens are looked at; of each three, two are fitted and one judges the fit. Twice as many are
+# a little nearer where attention is peaky, and take twice the time.
 SAMPLE = 384
 # Ridges, as shares of the mean square of the inputs: flat attention is fitted best by the first, peaky by the
 # second (scripts/bench attention --fit).
@@ -61,8 +61,8 @@ def fit(x: Tensor, y: Tensor) -> Tensor:
     sample = sample - sample.mean((1, 2), keepdim=True)
     fitted, judged = sample[:, :2].flatten(1, 2), sample[:, 2]
     inputs, is_wide = fitted[..., :c], c > 2 * n
-    # Of the two forms of the same solution the one with the smaller matrix: channels by channels, or tokens by
-    # tokens, where the map is `inputs.mT` times what is solved for.
+    # Of the two forms of the same solution the one with the smaller matrix: channels by channels, or tokens
+    # by tokens, where the map is `inputs.mT` times what is solved for.
     if is_wide:
         products, ridges = _products(sample.flatten(1, 2)[..., :c], inputs.mT, c)
         k = 2 * n
