@@ -75,6 +75,18 @@ def test_what_was_measured_is_told_where_it_falls_short_of_what_was_expected(mon
         tune.solve(tuning, [Merge(0.5)], tune.Wish("speed", 1.5))
 
 
+def test_the_fastest_is_tried_where_all_are_slower_than_expected(monkeypatch):
+    methods = Merge(0.25), Merge(0.5)
+    tuning = made_up({f"a {methods[0]}": (0.04, 0.4), f"a {methods[1]}": (0.25, 0.5)})
+    measured = {methods[0]: 1.2, methods[1]: 1.6}
+    monkeypatch.setattr(tune, "verify", lambda _, recipe, *__: {"speed": measured[recipe["a"]], "error": 0.5})
+    # Corrected to 2.002, which is more than is expected of any.
+    recipe = tune.solve(tuning, methods, tune.Wish("speed", 1.55))
+    assert dict(recipe) == {"a": methods[1]}
+    with pytest.raises(ValueError, match=r"the nearest of 2 that were tried has 1\.6;"):
+        tune.solve(tuning, methods, tune.Wish("speed", 1.65))
+
+
 def test_a_wish_is_met_and_said_to_be(emoji, capsys):
     names = {row.name for row in tomesd.explain(emoji).rows}
     recipe = tomesd.tune(
@@ -211,3 +223,17 @@ def test_the_command_goes_on_where_it_was_and_writes_recipe_and_plot(tmp_path, c
     assert "meets speed=40: the fastest is" in capsys.readouterr().err
     assert command.main(["--speed", "0.5"]) == 2
     assert "argument --speed must be above 1" in capsys.readouterr().err
+
+
+def test_prompts_are_names_of_the_model_spread_over_its_list(tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("\n".join(f"{n} / number {n}" for n in range(12)))
+    asked = command.make_parser().parse_args([])
+    asked.model = str(tmp_path)
+    assert command.prompts_of(asked) == ["4", "8"]
+    asked.prompts = 3
+    assert command.prompts_of(asked) == ["3", "6", "9"]
+    assert command.main(["--prompts", "100000"]) == 2
+    assert "--prompts: 100000, where there are" in capsys.readouterr().err
+    tiny.sd().save_pretrained(tmp_path / "tiny")
+    assert command.main([str(tmp_path / "tiny"), "--prompts", "3"]) == 2
+    assert "has no names.txt to take prompts from" in capsys.readouterr().err

@@ -54,7 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the recipe there")
     parser.add_argument("--json", action="store_true", help="print the recipe as JSON, as --out writes it")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="error over speed of all best choices")
-    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="what to draw, one a line, a few")
+    parser.add_argument("--prompts", type=positive, help="how many of the model's names to draw at once (2)")
+    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="what to draw instead, one a line")
     parser.add_argument("--size", type=common.size, help="512 or 1024x576, in pixels (the model's own)")
     parser.add_argument("--steps", type=positive, default=20, help="of the sampler (20)")
     parser.add_argument("--dtype", choices=("auto", *SHORT), default="auto", help="(fp16 on cuda, else fp32)")
@@ -71,9 +72,13 @@ def prompts_of(args: argparse.Namespace) -> list[str] | None:
     if args.prompts_file:
         return prompts_in(args.prompts_file)
     if not (Path(args.model) / "names.txt").is_file():
+        if args.prompts:
+            raise UserError(f"{args.model} has no names.txt to take prompts from: give a --prompts-file")
         return None
-    names = read_names(Path(args.model))
-    return [names[len(names) // 3][0], names[2 * len(names) // 3][0]]
+    names, wanted = read_names(Path(args.model)), args.prompts or 2
+    if wanted > len(names):
+        raise UserError(f"argument --prompts: {wanted}, where there are {len(names)} to take from")
+    return [names[i * len(names) // (wanted + 1)][0] for i in range(1, wanted + 1)]
 
 
 def cache_file(args: argparse.Namespace, prompts: list[str] | None) -> Path:
