@@ -86,6 +86,47 @@ def test_what_is_worse_on_a_few_pictures_is_not_judged_on_all():
     assert judge.ran == 23
 
 
+def test_vectors_are_judged_by_whom_pictures_resemble():
+    """Against the definition in plain loops; a feature that all pictures share says nothing."""
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(70, 5, generator=generator).double()
+    plain[:, 4] = 3
+    merged = plain + 0.3 * torch.randn(70, 5, generator=generator).double()
+    patches = torch.randn(70, 4, 3, generator=generator).double()
+    outputs = [plain, patches]
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return {"vectors": outputs[0][x], "patches": outputs[1][x]}
+
+    network = torch.nn.Module()
+    x = torch.arange(70)
+    judge = tuning.Judge(Model(), network, [x[:30], x[30:]])
+    outputs[:] = [merged, patches * 1.25]
+
+    def unit(v):
+        v = (v - plain.mean(0))[:4] / plain.std(0)[:4] if v.dim() == 1 else v
+        return v / v.norm()
+
+    def shares(v, own):
+        cosines = [torch.dot(unit(v), unit(plain[j])).div(0.1).exp() for j in range(70) if j != own]
+        return torch.stack(cosines) / sum(cosines)
+
+    wanted = []
+    for i in range(70):
+        p, q = shares(plain[i], i), shares(merged[i], i)
+        wanted.append((p * (p / q).log()).sum())
+    found = torch.cat([judge.errors([1], batch).view(2, -1) for batch in range(len(judge.batches))], dim=1)
+    torch.testing.assert_close(found[0], torch.stack(wanted).float(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[1], torch.full((70,), 0.25))
+
+
+def test_a_few_pictures_are_judged_by_relative_errors():
+    judge = tuning.Judge(torch.nn.Flatten(), torch.nn.Module(), torch.rand(63, 1, 3))
+    assert judge.company == [None]
+    assert tuning.Judge(torch.nn.Flatten(), torch.nn.Module(), torch.rand(64, 1, 3)).company != [None]
+
+
 @pytest.mark.parametrize("patched", [False, True])
 def test_what_is_found_is_nearer_than_what_is_made_by_hand(patched, monkeypatch):
     monkeypatch.setattr(tuning, "BATCH", 2)

@@ -19,7 +19,7 @@ def keep_freed() -> None:
     """Makes this process keep the memory that it frees, as PyTorch does on a GPU.
 
     The allocator of Linux hands large pieces back at once, and each step of a network gets them again page
-    by page: of a step of the shipped model on two cores that is a ninth of the time, of a merged one a fifth.
+    by page: an eighth of the time of a step of the shipped model on two cores, a quarter of a merged one.
     """
     with contextlib.suppress(*WITHOUT_GLIBC):
         libc = ctypes.CDLL(None)

@@ -19,6 +19,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hosts.family import Network
@@ -37,6 +38,10 @@ from .schedules import Schedule
 DRAWS = 100
 # Pictures that are judged at once.
 BATCH = 16
+# So many pictures it takes to say whom one of them resembles, and how sharply that is told.
+COMPANY, TEMPERATURE = 64, 0.1
+# A logarithm of next to nothing.
+NOTHING = -1e9
 
 Images = Tensor | Callable[[], Any]
 
@@ -57,6 +62,8 @@ def tune(
         schedule.save("schedule.json")
 
     Pictures need no labels, and nothing is trained. The result is for this model and this size of pictures.
+    A vector for each picture (features, logits) is judged by whom the picture resembles among the others, if
+    there are 64 of them at least, and all else by its relative error.
 
     Args:
         model: holds one vision transformer. It is left as it was: a patched one is judged with the options
@@ -150,8 +157,40 @@ def merging(model: nn.Module, network: Network[VisionFamily]) -> Iterator[Layers
             remove_patch(model)
 
 
+class Resemblance:
+    """Whom each picture resembles among all others, by features: softmax of cosines, standardised.
+
+    What is done with features looks at what tells pictures apart, and not at what all of them have.
+
+    Args:
+        features: of all pictures, `[P, D]`.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        std, self.mean = torch.std_mean(features, dim=0)
+        self.scale = std.reciprocal().where(std > 0, 0)
+        self.plain = self._unit(features)
+
+    def lost(self, features: Tensor, first: int) -> Tensor:
+        """How far others of the pictures from number `first` on are from that: KL divergence, `[n]`."""
+        plain = self._shares(self.plain[first : first + len(features)], first)
+        shares = self._shares(self._unit(features), first)
+        return F.kl_div(shares, plain, reduction="none", log_target=True).sum(1)
+
+    def _unit(self, features: Tensor) -> Tensor:
+        return F.normalize((features - self.mean) * self.scale, dim=1)
+
+    def _shares(self, unit: Tensor, first: int) -> Tensor:
+        themselves = torch.arange(first, first + len(unit), device=unit.device)[:, None]
+        return (unit @ self.plain.mT / TEMPERATURE).scatter(1, themselves, NOTHING).log_softmax(1)
+
+
 class Judge:
-    """How far what a model returns with a schedule is from plain: the mean of the relative errors."""
+    """How far what a model returns with a schedule is from plain, the mean over pictures.
+
+    A vector for each picture counts by whom the picture resembles, if there are some to resemble; all else,
+    such as features of patches, by its relative error.
+    """
 
     def __init__(self, model: nn.Module, network: nn.Module, images: Any) -> None:
         given = list(images) if isinstance(images, list | tuple) else [images]
@@ -171,6 +210,10 @@ class Judge:
         self.plain = [self.returned([0], i) for i in range(len(self.batches))]
         if not all(self.plain):
             raise TypeError("the model returned no floating point tensor with a row for each picture")
+        if len({len(returned) for returned in self.plain}) > 1:
+            raise TypeError("the model returned more tensors for some of the pictures than for others")
+        self.first = [0, *accumulate(len(returned[0]) for returned in self.plain)]
+        self.company = [self._company(output) for output in zip(*self.plain, strict=True)]
 
     def __call__(self, r: Sequence[int | float], batches: Iterable[int] | None = None) -> float:
         each = range(len(self.batches)) if batches is None else batches
@@ -192,18 +235,30 @@ class Judge:
         key = tuple(r), batch
         if key not in self.known:
             self.ran += 1
+            outputs = zip(self.returned(r, batch), self.plain[batch], self.company, strict=True)
             errors = [
-                (merged - plain).norm(dim=1) / plain.norm(dim=1).clamp_min(1e-12)
-                for merged, plain in zip(self.returned(r, batch), self.plain[batch], strict=True)
+                relative_error(merged, plain) if company is None else company.lost(merged, self.first[batch])
+                for merged, plain, company in outputs
             ]
             self.known[key] = torch.cat(errors)
         return self.known[key]
+
+    def _company(self, plain: Sequence[Tensor]) -> Resemblance | None:
+        """Of an output of all batches, if it has vectors for pictures, and enough of them."""
+        pictures = [len(returned[0]) for returned in self.plain]
+        vectors = [x.dim() == 2 and len(x) == n for x, n in zip(plain, pictures, strict=True)]
+        return Resemblance(torch.cat(list(plain))) if all(vectors) and sum(pictures) >= COMPANY else None
 
     def returned(self, r: Sequence[int | float], batch: int) -> list[Tensor]:
         """What the model returns with a schedule, a row for each picture."""
         self.network.r = list(r)
         with torch.no_grad():
-            return [tensor.float().flatten(1) for tensor in tensors_in(self.batches[batch]())]
+            return [tensor.float() for tensor in tensors_in(self.batches[batch]())]
+
+
+def relative_error(merged: Tensor, plain: Tensor) -> Tensor:
+    """Of each row, `[n]`."""
+    return (merged - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1).clamp_min(1e-12)
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
