@@ -10,9 +10,9 @@ from .devices import has_cholesky
 from .numbers import kept, up_to
 from .token_map import TokenMap, in_full_precision
 
-# So many merged tokens are looked at; of each three, two are fitted and one judges the fit. Twice as many are
-# a little nearer where attention is peaky, and take twice the time.
-SAMPLE = 384
+# So many merged tokens are looked at, or somewhat more; of each three, two are fitted and one judges the fit.
+# Twice as many are a little nearer where attention is peaky, and take twice the time.
+SAMPLE = 320
 # Ridges, as shares of the mean square of the inputs: flat attention is fitted best by the first, peaky by the
 # second (scripts/bench attention --fit).
 RIDGES = (0.01, 0.3)
@@ -51,7 +51,7 @@ def unmerge_linear(token_map: TokenMap, x: Tensor, merged: Tensor, y: Tensor) ->
 def fit(x: Tensor, y: Tensor) -> Tensor:
     """The linear map `[B, C, D]` that makes `y` `[B, M, D]` of `x` `[B, M, C]` but for a constant, or 0."""
     (b, m, c), d = x.shape, y.shape[2]
-    every = -(-m // SAMPLE)
+    every = max(1, m // SAMPLE)
     n = -(-m // every) // 3
     # Each third one to the end, so that what is fitted and what judges are contiguous; outputs for each map.
     tokens = [x, *[y] * (1 + len(RIDGES))]

@@ -188,7 +188,7 @@ class Resemblance:
 class Judge:
     """How far what a model returns with a schedule is from plain, the mean over pictures.
 
-    A vector for each picture counts by whom the picture resembles, if there are some to resemble; all else,
+    Vectors for each picture count by whom the picture resembles, if there are some to resemble; all else,
     such as features of patches, by its relative error.
     """
 
@@ -212,8 +212,17 @@ class Judge:
             raise TypeError("the model returned no floating point tensor with a row for each picture")
         if len({len(returned) for returned in self.plain}) > 1:
             raise TypeError("the model returned more tensors for some of the pictures than for others")
-        self.first = [0, *accumulate(len(returned[0]) for returned in self.plain)]
-        self.company = [self._company(output) for output in zip(*self.plain, strict=True)]
+        pictures = [len(returned[0]) for returned in self.plain]
+        self.first = [0, *accumulate(pictures)]
+        self.vectors = [
+            number
+            for number, output in enumerate(zip(*self.plain, strict=True))
+            if all(x.dim() == 2 and len(x) == n for x, n in zip(output, pictures, strict=True))
+        ]
+        if self.first[-1] < COMPANY:
+            self.vectors = []
+        plain = [self._vectors_of(returned) for returned in self.plain] if self.vectors else []
+        self.company = Resemblance(torch.cat(plain)) if plain else None
 
     def __call__(self, r: Sequence[int | float], batches: Iterable[int] | None = None) -> float:
         each = range(len(self.batches)) if batches is None else batches
@@ -235,19 +244,21 @@ class Judge:
         key = tuple(r), batch
         if key not in self.known:
             self.ran += 1
-            outputs = zip(self.returned(r, batch), self.plain[batch], self.company, strict=True)
+            returned = self.returned(r, batch)
+            outputs = enumerate(zip(returned, self.plain[batch], strict=True))
             errors = [
-                relative_error(merged, plain) if company is None else company.lost(merged, self.first[batch])
-                for merged, plain, company in outputs
+                relative_error(merged, plain)
+                for number, (merged, plain) in outputs
+                if number not in self.vectors
             ]
+            if self.company is not None:
+                errors.append(self.company.lost(self._vectors_of(returned), self.first[batch]))
             self.known[key] = torch.cat(errors)
         return self.known[key]
 
-    def _company(self, plain: Sequence[Tensor]) -> Resemblance | None:
-        """Of an output of all batches, if it has vectors for pictures, and enough of them."""
-        pictures = [len(returned[0]) for returned in self.plain]
-        vectors = [x.dim() == 2 and len(x) == n for x, n in zip(plain, pictures, strict=True)]
-        return Resemblance(torch.cat(list(plain))) if all(vectors) and sum(pictures) >= COMPANY else None
+    def _vectors_of(self, returned: Sequence[Tensor]) -> Tensor:
+        """Of each picture, side by side."""
+        return torch.cat([returned[number] for number in self.vectors], dim=1)
 
     def returned(self, r: Sequence[int | float], batch: int) -> list[Tensor]:
         """What the model returns with a schedule, a row for each picture."""
