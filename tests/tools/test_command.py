@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -257,3 +258,27 @@ def test_scripts_know_what_is_missing(tmp_path, monkeypatch):
     ]
     os.utime(root / "setup.py", (2**33, 2**33))
     assert list(missing.missing("a", root)) == ["what setup.py has come to ask for"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_what_is_freed_is_kept():
+    """Large tensors that come and go take pages from the system once, and not each time."""
+    code = """
+import resource, sys, torch
+from tomesd.commands.memory import keep_freed
+if "keep" in sys.argv:
+    keep_freed()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(1 << 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    kept, given_back = (
+        int(subprocess.check_output([sys.executable, "-c", code, word], env=environment))
+        for word in ("keep", "no")
+    )
+    assert kept < given_back / 10

@@ -172,7 +172,7 @@ def with_recipes(compared: Comparison, files: Sequence[Path]) -> Comparison:
         UserError: a file cannot be read, holds no recipe, or is named as another way.
     """
     ways = dict(compared.ways)
-    for number, file in enumerate(files):
+    for file in files:
         recipe = options.read_recipe(file, "--recipes")
         if file.stem in (*ways, FEWER):
             raise UserError(f"argument --recipes: {file.stem} is the name of another way: rename {file}")
@@ -180,8 +180,7 @@ def with_recipes(compared: Comparison, files: Sequence[Path]) -> Comparison:
         def patch(network: Any, setting: Any, recipe: Recipe = recipe) -> None:
             apply_patch(SimpleNamespace(unet=network), recipe)
 
-        colour = f"C{4 + number % 3}"
-        ways[file.stem] = Way(f"the recipe in {file}", colour, patch, has_ratio=False)
+        ways[file.stem] = Way(f"the recipe in {file}", "red", patch, has_ratio=False)
     return Comparison(ways, compared.metrics)
 
 
@@ -329,7 +328,9 @@ def plots(
     rows: list[Row], pictures: dict[Point, Pictures], prompts: list[str], compared: Comparison, args: Any
 ) -> dict[str, Any]:
     """The figures of matplotlib that go to --plot and --sheet."""
-    marks = [{**row, "mark": (row["steps"] if row["way"] == FEWER else row["ratio"]) or ""} for row in rows]
+    marks = [
+        {**row, "mark": row["steps"] if row["way"] == FEWER else row["ratio"] or row["way"]} for row in rows
+    ]
     title = heading(args, len(prompts))
     return {
         "plot": plot.curves(marks, args.plot_metric, compared.axes[args.plot_metric], title, compared.ways),
