@@ -269,7 +269,9 @@ class Judge:
 
 def relative_error(merged: Tensor, plain: Tensor) -> Tensor:
     """Of each row, `[n]`."""
-    return (merged - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1).clamp_min(1e-12)
+    distance, norm = (x.flatten(1).norm(dim=1) for x in (merged - plain, plain))
+    error: Tensor = distance / norm.clamp_min(1e-12)
+    return error
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
