@@ -50,7 +50,7 @@ class Windows:
             Positions, int64 `[1 or B, windows, L + K]`.
         """
         there = dst.index_select(1, self.cells.flatten()).view(-1, *self.cells.shape)
-        return torch.cat([self.tokens.expand(len(there), -1, -1), there], dim=2)
+        return torch.cat([self.tokens.expand(there.shape[0], -1, -1), there], dim=2)
 
 
 @torch.no_grad()
