@@ -176,7 +176,7 @@ FITS: dict[str, Way] = {
     "ridge 0.1, no intercept": lambda c, ratio: merge(c, ratio, fitted(intercept=False)),
     "ridge 0.1, weighed by sizes": lambda c, ratio: merge(c, ratio, fitted(sizes=True)),
     "ridge 0.1, head by head": by_head,
-    "as it is: 0.01 or 0.3, 256 tokens, judged by 128": WAYS["Merge"],
+    "as it is: 0.01 or 0.3, 213 tokens or more, judged by half as many": WAYS["Merge"],
 }
 
 

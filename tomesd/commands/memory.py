@@ -19,7 +19,7 @@ def keep_freed() -> None:
     """Makes this process keep the memory that it frees, as PyTorch does on a GPU.
 
     The allocator of Linux hands large pieces back at once, and each step of a network gets them again page
-    by page: an eighth of the time of a step of the shipped model on two cores, a quarter of a merged one.
+    by page.
     """
     with contextlib.suppress(*WITHOUT_GLIBC):
         libc = ctypes.CDLL(None)

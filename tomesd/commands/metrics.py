@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Lazy
+from .common import Lazy, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,6 +141,19 @@ def read_names(folder: Path) -> list[list[str]]:
     """What a model can draw, by its `names.txt`: a line for each thing, its names apart by " / "."""
     text = (folder / "names.txt").read_text(encoding="utf-8")
     return [line.strip().split(" / ") for line in text.splitlines() if line.strip()]
+
+
+def own_prompts(model: str) -> list[str]:
+    """All that a model can draw; a UserError if it has no `names.txt`."""
+    if not (Path(model) / "names.txt").is_file():
+        raise UserError(f"{model} has no names.txt to take prompts from: give a --prompts-file")
+    return [names[0] for names in read_names(Path(model))]
+
+
+def check_prompts(wanted: int, prompts: list[str]) -> None:
+    """Raises a UserError if there are fewer prompts than `--prompts` says."""
+    if wanted > len(prompts):
+        raise UserError(f"argument --prompts: {wanted}, where there are {len(prompts)} to take from")
 
 
 def read_atlas(folder: Path, things: int) -> Pictures:

@@ -190,15 +190,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     Raises:
         UserError: there are none, or fewer than were asked for.
     """
-    if args.prompts_file:
-        names = prompts_in(args.prompts_file)
-    elif (Path(args.model) / "names.txt").is_file():
-        names = [names[0] for names in metrics.read_names(Path(args.model))]
-    else:
-        raise UserError(f"{args.model} has no names.txt to take prompts from: give a --prompts-file")
+    names = prompts_in(args.prompts_file) if args.prompts_file else metrics.own_prompts(args.model)
     wanted = args.prompts or len(names)
-    if wanted > len(names):
-        raise UserError(f"argument --prompts: {wanted}, where there are {len(names)} to take from")
+    metrics.check_prompts(wanted, names)
     return names[:: len(names) // wanted][:wanted]
 
 

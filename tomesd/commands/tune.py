@@ -25,7 +25,7 @@ import torch
 from ..tools import trials, tune
 from . import common
 from .common import UserError, guarded, need, positive
-from .metrics import read_names
+from .metrics import check_prompts, own_prompts
 from .pipelines import (
     EMOJI,
     SHORT,
@@ -71,14 +71,11 @@ def prompts_of(args: argparse.Namespace) -> list[str] | None:
     """What to draw: a few names of a model that has some, else the defaults of `tune`."""
     if args.prompts_file:
         return prompts_in(args.prompts_file)
-    if not (Path(args.model) / "names.txt").is_file():
-        if args.prompts:
-            raise UserError(f"{args.model} has no names.txt to take prompts from: give a --prompts-file")
+    if not args.prompts and not (Path(args.model) / "names.txt").is_file():
         return None
-    names, wanted = read_names(Path(args.model)), args.prompts or 2
-    if wanted > len(names):
-        raise UserError(f"argument --prompts: {wanted}, where there are {len(names)} to take from")
-    return [names[i * len(names) // (wanted + 1)][0] for i in range(1, wanted + 1)]
+    names, wanted = own_prompts(args.model), args.prompts or 2
+    check_prompts(wanted, names)
+    return [names[i * len(names) // (wanted + 1)] for i in range(1, wanted + 1)]
 
 
 def cache_file(args: argparse.Namespace, prompts: list[str] | None) -> Path:
