@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -195,14 +196,36 @@ def test_the_vision_transformer_of_the_guide(monkeypatch):
         replace(row, blocks={"AcmeLayer": replace(row.blocks["AcmeLayer"], middle=None)})
 
 
-def test_a_part_that_does_not_return_tokens_is_named(acme, monkeypatch):
-    forward = Attention.forward
+def return_more(monkeypatch):
+    """Has attention return a tuple."""
+    attend = Attention.forward
 
-    def with_more(self, x, keys_from=None, bias=None):
-        return forward(self, x), 0
+    def forward(self, x, prompt):
+        x = x + self.attention(self.norm(x))[0]
+        x = x + self.cross(x, prompt)[0]
+        return x + self.feed(x)
 
-    monkeypatch.setattr(Attention, "forward", with_more)
-    tomesd.apply_patch(acme)
+    monkeypatch.setattr(
+        Attention, "forward", wraps(attend)(lambda *given, **named: (attend(*given, **named), 0))
+    )
+    monkeypatch.setattr(AcmeBlock, "forward", forward)
+
+
+@pytest.mark.parametrize("method", [*METHODS, tomesd.MergeKeys(0.5)], ids=str)
+def test_attention_may_return_a_tuple(acme, method, monkeypatch):
+    merged = call(tomesd.apply_patch(acme, method))
+    return_more(monkeypatch)
+    (*_, row) = unets.FAMILIES
+    block = row.blocks["AcmeBlock"]
+    block = replace(block, attn=replace(block.attn, output=0), cross=replace(block.cross, output=0))
+    monkeypatch.setattr(unets, "FAMILIES", (replace(row, blocks={"AcmeBlock": block}),))
+    assert torch.equal(call(tomesd.apply_patch(acme, method)), merged)
+
+
+@pytest.mark.parametrize("method", [tomesd.Merge(0.5), tomesd.SampleKeys(0.5)], ids=str)
+def test_a_part_that_does_not_return_tokens_is_named(acme, method, monkeypatch):
+    return_more(monkeypatch)
+    tomesd.apply_patch(acme, method)
     with pytest.raises(TypeError, match=r"attention gave a tuple, no tokens: its Part says output=None"):
         call(acme)
 

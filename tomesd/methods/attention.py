@@ -72,7 +72,6 @@ class PartHooks:
         self.prop_attn = prop_attn
         self.part = part
         self.name = f"{block.name}.{part.path}"
-        self.output = part.output
         self.tokens = Argument(module, part.tokens, 0)
         self.keys = Argument(module, part.keys, 1) if part.keys else None
         self.values = Argument.optional(module, part.values, 2)
@@ -108,6 +107,21 @@ class PartHooks:
             "leaves it all tokens",
             about="places",
         )
+
+    def tokens_of(self, output: Any) -> Tensor:
+        """The tokens in what the part returns."""
+        tokens = output if self.part.output is None else output[self.part.output]
+        if not isinstance(tokens, Tensor):
+            raise TypeError(
+                f"tomesd: {self.name} gave a {type(tokens).__name__}, no tokens: its Part says "
+                f"output={self.part.output}"
+            )
+        return tokens
+
+    def put_tokens(self, output: Any, tokens: Tensor) -> Any:
+        """What the part returns, with other tokens."""
+        i = self.part.output
+        return tokens if i is None else (*output[:i], tokens, *output[i + 1 :])
 
     def refuse(self, module: nn.Module, kwargs: Kwargs) -> None:
         """Raises a ValueError for what merged tokens cannot be used with."""

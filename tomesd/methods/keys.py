@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -155,12 +155,13 @@ class FewerKeys(PartHooks):
         args, kwargs = self.bias_keys(attn, token_map, args, kwargs)
         return self.put_keys(args, kwargs, keys, few, lambda values: self.keys_of(values, token_map))
 
-    def leave(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
+    def leave(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         own = self.block.own.get()
         given, own.given = own.given, None
         if given is None:
             return output
         x, probes, asked, args, kwargs = given
         # Past its hooks: to whoever counts or watches calls this is part of the one that has just been.
-        exact = attn.forward(*args, **kwargs)
-        return add_missed(output, x, probes, asked, exact - _take(output, probes))
+        exact = self.tokens_of(attn.forward(*args, **kwargs))
+        tokens = self.tokens_of(output)
+        return self.put_tokens(output, add_missed(tokens, x, probes, asked, exact - _take(tokens, probes)))

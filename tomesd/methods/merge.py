@@ -188,12 +188,7 @@ class MergedPart(PartHooks):
         token_map = own.map
         if given is None or token_map is None:
             return output
-        i = self.output
-        tokens = output if i is None else output[i]
-        if not isinstance(tokens, Tensor):
-            raise TypeError(
-                f"tomesd: {self.name} gave a {type(tokens).__name__}, no tokens: its Part says output={i}"
-            )
         x, merged = given
+        tokens = self.tokens_of(output)
         tokens = unmerge_linear(token_map, x, merged, tokens) if self.linear else token_map.unmerge(tokens)
-        return tokens if i is None else (*output[:i], tokens, *output[i + 1 :])
+        return self.put_tokens(output, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -129,7 +130,7 @@ class SampledKeys(FewerKeys):
         own.values += 1
         return own.sample.merge(args[0], "drop"), *args[1:]
 
-    def leave(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
+    def leave(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         own = self.block.own.get()
         asked, own.sample = own.sample, None
         if asked is not None and not own.values:
