@@ -230,6 +230,12 @@ def test_a_part_that_does_not_return_tokens_is_named(acme, method, monkeypatch):
         call(acme)
 
 
+def test_a_row_that_names_no_class_that_halves_the_image_is_refused(acme, monkeypatch):
+    monkeypatch.setattr(unets, "FAMILIES", (replace(unets.FAMILIES[-1], down=("Downsample",)),))
+    with pytest.raises(ValueError, match=r"larger than its input after up\.0: `down` and `up` of its row"):
+        tomesd.apply_patch(acme)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_ratio_of_0_is_plain(acme, method):
     plain = call(acme)

@@ -732,8 +732,10 @@ def acme(**options):
     block = tome.Block(
         "norm", tome.Part("attention", tokens="x", bias="bias"), middle="norm_2", end="feed", tokens="x"
     )
-    row = dict(path="layers", prefix=lambda network: 0)
-    return tome.VisionFamily("Acme ViT", ("AcmeViT",), {"AcmeLayer": block}, **{**row, **options})
+    row = tome.VisionFamily(
+        "Acme ViT", ("AcmeViT",), {"AcmeLayer": block}, path="layers", prefix=lambda network: 0
+    )
+    return replace(row, **options)
 
 
 def changed(**options):
@@ -761,27 +763,22 @@ def test_a_row_of_ones_own_is_patched_like_those_of_the_package(monkeypatch):
     ("make", "error", "reason"),
     [
         (lambda: "AcmeViT", TypeError, "expected a VisionFamily, got str"),
-        (lambda: acme(path=3), TypeError, "path must be a string, got 3"),
-        (lambda: acme(prefix=1), TypeError, "prefix must be a function of the network, got 1"),
-        (lambda: acme(path=""), ValueError, "needs a name, networks, blocks and a path"),
+        (lambda: acme(path=3), TypeError, "VisionFamily: path must be str, got 3"),
+        (lambda: acme(prefix=1), TypeError, r"prefix must be Callable\[\[Any\], int\], got 1"),
+        (lambda: acme(path=""), ValueError, "needs a name, networks, blocks and a path: path is empty"),
+        (lambda: acme(networks="AcmeViT"), TypeError, r"networks must be tuple\[str, ...\], got 'AcmeViT'"),
+        (lambda: acme(blocks={"AcmeLayer": 3}), TypeError, r"blocks must be dict\[str, Block\], got"),
+        (lambda: acme(prop_attn="yes"), TypeError, "prop_attn must be bool, got 'yes'"),
         (
-            lambda: tome.VisionFamily("A", "AcmeViT", dict(acme().blocks)),
-            TypeError,
-            "networks must be a tuple of names of classes, got 'AcmeViT'",
-        ),
-        (
-            lambda: tome.VisionFamily("A", ("AcmeViT",), {"AcmeLayer": tome.Block("norm", tome.Part("a"))}),
+            lambda: acme(blocks={"AcmeLayer": tome.Block("norm", tome.Part("a"))}),
             ValueError,
-            "the row of AcmeLayer in A lacks middle, end, attn's bias",
+            "the row of AcmeLayer in Acme ViT lacks middle, end, attn's bias",
         ),
-        (lambda: tome.VisionFamily("A", ("AcmeViT",), {"AcmeLayer": 3}), TypeError, "must be a Block, got 3"),
-        (
-            lambda: changed(or_end="feed"),
-            TypeError,
-            "or_end of AcmeLayer must be a tuple of paths, got 'feed'",
-        ),
-        (lambda: changed(tokens=0), TypeError, "tokens of AcmeLayer must be a string, got 0"),
-        (lambda: acme(prop_attn="yes"), TypeError, "prop_attn must be a bool, got 'yes'"),
+        (lambda: changed(or_end="feed"), TypeError, r"Block: or_end must be tuple\[str, ...\], got 'feed'"),
+        (lambda: changed(input=None), TypeError, "Block: input must be str, got None"),
+        (lambda: changed(middle=""), ValueError, 'has "" for some of input, attn, middle and end'),
+        (lambda: tome.Part("mix", bias=5), TypeError, r"Part: bias must be str \| None, got 5"),
+        (lambda: tome.Part("mix", layers=("out",)), ValueError, "layers must name that of queries first"),
     ],
 )
 def test_a_row_is_checked_when_it_is_made_or_registered(make, error, reason):
@@ -796,6 +793,12 @@ def test_what_never_merges_is_a_number_of_tokens(number, monkeypatch):
     monkeypatch.setattr(vits, "FAMILIES", [acme(prefix=lambda network: number)])
     with pytest.raises(ValueError, match="prefix of Acme ViT must return a number of tokens"):
         tome.apply_patch(AcmeViT())
+
+
+def test_more_tokens_that_never_merge_than_there_are_is_a_mistake_of_a_row(monkeypatch):
+    monkeypatch.setattr(vits, "FAMILIES", [acme(prefix=lambda network: 65)])
+    with pytest.raises(RuntimeError, match=r"given 64 tokens, of which by its row 65 never merge: prefix"):
+        patched(AcmeViT())(X)
 
 
 def test_blocks_that_change_places_are_named():

@@ -7,17 +7,46 @@ vision transformers share these records; their rows are in `unets.py` and `vits.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
 from operator import attrgetter
-from types import ModuleType
-from typing import Any, Generic, TypeVar
+from types import ModuleType, UnionType
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import nn
 
+type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+
 
 @dataclass(frozen=True)
-class Part:
+class Checked:
+    """A record that checks the types of its fields, so that what is mistyped is found where it is written."""
+
+    def __post_init__(self) -> None:
+        kinds = type_hints(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not is_of(value, kinds[field.name]):
+                raise TypeError(f"{type(self).__name__}: {field.name} must be {field.type}, got {value!r}")
+
+
+def is_of(value: object, kind: Any) -> bool:
+    """Whether a value, with what is in it, is of a type as the fields of these records have it."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return any(is_of(value, one) for one in inside)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(is_of(part, inside[0]) for part in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            is_of(part, one) for pair in value.items() for part, one in zip(pair, inside, strict=True)
+        )
+    return callable(value) if origin is Callable else isinstance(value, kind)
+
+
+@dataclass(frozen=True)
+class Part(Checked):
     """A module of a block that takes tokens and returns tokens. Parameters are those of its forward."""
 
     path: str  # where it is in the block
@@ -41,9 +70,16 @@ class Part:
     # Whether it has the keys of the text, or the path of an attribute of the block that says so.
     sees_text: bool | str = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.layers) < 2:
+            raise ValueError(
+                f"Part: layers must name that of queries first and the last one, got {self.layers}"
+            )
+
 
 @dataclass(frozen=True)
-class Block:
+class Block(Checked):
     """The parts of a transformer block. What a family's blocks do not have stays None."""
 
     input: str  # the module that is given the block's tokens first of all
@@ -65,7 +101,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(Checked):
     """A family of networks: what people call it, and names of classes."""
 
     name: str

@@ -65,6 +65,11 @@ class ImageFamily(Family):
                 yield path, child, level
                 level += any(is_named(module, self.down) for module in child.modules())
                 level -= any(is_named(module, self.up) for module in child.modules())
+                if level < 0:
+                    raise Misfit(
+                        f"its image would be larger than its input after {path}: `down` and `up` of its "
+                        "row name the classes that halve it and double it"
+                    )
 
     def _look_for(self, parameter: str | None, module: nn.Module, position: int | None = None) -> None:
         try:

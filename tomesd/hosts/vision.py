@@ -6,13 +6,12 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import UnionType
 from typing import Any
 
 from torch import nn
 from torch.torch_version import TorchVersion as Version
 
-from .family import Block, Family, Misfit, Part, Site, submodule
+from .family import Block, Family, Misfit, Site, submodule
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,10 @@ class VisionFamily(Family):
     since: str = ""  # the first version of the package whose classes are as this row says
 
     def __post_init__(self) -> None:
-        self._check_types()
+        super().__post_init__()
+        for field in ("name", "networks", "blocks", "path"):
+            if not getattr(self, field):
+                raise ValueError(f"a family needs a name, networks, blocks and a path: {field} is empty")
         for name, block in self.blocks.items():
             needed = {"middle": block.middle, "end": block.end}
             if self.prop_attn:
@@ -36,26 +38,12 @@ class VisionFamily(Family):
             lacks = [part for part, given in needed.items() if given is None]
             if lacks:
                 raise ValueError(f"the row of {name} in {self.name} lacks {', '.join(lacks)}")
-
-    def _check_types(self) -> None:
-        for name in ("name", "path", "package", "since"):
-            check_type(name, getattr(self, name), str, "a string")
-        check_type("networks", self.networks, tuple, "a tuple of names of classes")
-        check_type("blocks", self.blocks, dict, "a dict of Blocks by names of classes")
-        check_type("prop_attn", self.prop_attn, bool, "a bool")
-        for name in (*self.networks, *self.blocks):
-            check_type("the name of a class", name, str, "a string")
-        for name, block in self.blocks.items():
-            check_type(f"blocks[{name!r}]", block, Block, "a Block")
-            check_type(f"attn of {name}", block.attn, Part, "a Part")
-            check_type(f"or_end of {name}", block.or_end, tuple, "a tuple of paths")
-            paths = {"input": block.input, "middle": block.middle, "end": block.end, "tokens": block.tokens}
-            paths |= {"attn's path": block.attn.path, "attn's tokens": block.attn.tokens}
-            for part, path in paths.items():
-                check_type(f"{part} of {name}", path, str | None, "a string")
-        for name in ("prefix", "suffix", "distilled"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be a function of the network, got {getattr(self, name)!r}")
+            paths = (block.input, block.attn.path, block.middle, block.end)
+            if "" in paths and any(paths):
+                raise ValueError(
+                    f'the row of {name} in {self.name} has "" for some of input, attn, middle and end: all '
+                    'of them are "" where attention and the rest run beside each other, or none'
+                )
 
     def count(self, name: str, network: nn.Module) -> int:
         """What `prefix` or `suffix` says of a network."""
@@ -105,12 +93,6 @@ class VisionFamily(Family):
                         "cannot be told where in the network it is called: give each place one of its own"
                     )
             yield Site(name, module, block, container)
-
-
-def check_type(name: str, value: object, kind: type | UnionType, words: str) -> None:
-    """A TypeError that names what was given, if it is of another type."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {words}, got {value!r}")
 
 
 def last_called(module: nn.Module, block: Block) -> str | None:
