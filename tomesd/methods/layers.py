@@ -300,8 +300,8 @@ class LayerHooks(Hooks):
         free = n - patch.protected - patch.last
         if free < 0:
             raise RuntimeError(
-                f"tomesd: {self.name} was given {n} tokens, of which by its row {n - free} never merge: prefix "
-                "and suffix count those before and after the patches"
+                f"tomesd: {self.name} was given {n} tokens, of which by its row {n - free} never merge: "
+                "prefix and suffix count those before and after the patches"
             )
         r = min(own.r if isinstance(own.r, int) else int(own.r * free), free // 2)
         if r <= 0:
