@@ -294,18 +294,20 @@ def register(family: VisionFamily) -> VisionFamily:
         )
 
     A bias of keys is given as `[B, 1, 1, N]`; leave it out, with `prop_attn=False`, where attention takes
-    none. A row checks its fields when it is made. What it says of modules is checked when a model is patched:
-    an error then names what is missing.
+    none. What a row says of modules is checked when a model is patched: an error then names what is missing.
 
     Returns:
         The same family.
 
     Raises:
-        TypeError: it is no VisionFamily.
-        ValueError: another family has its name.
+        TypeError: it is no VisionFamily, or a field is of the wrong type.
+        ValueError: its name or the list of its classes is empty, a block lacks a part, or another family has
+            its name.
     """
     if not isinstance(family, VisionFamily):
         raise TypeError(f"expected a VisionFamily, got {type(family).__name__}")
+    if not (family.name and family.path and family.networks and family.blocks):
+        raise ValueError(f"a family needs a name, networks, blocks and a path, got {family}")
     if any(row.name == family.name for row in FAMILIES):
         raise ValueError(f"there is a family {family.name!r} already")
     FAMILIES.insert(0, family)
