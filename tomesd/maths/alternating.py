@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .devices import has_bags, is_traced
-from .matching import CHUNK, _chunks
+from .matching import CHUNK, chunks
 from .numbers import up_to
-from .token_map import TokenMap, _add_rows, in_full_precision
+from .token_map import TokenMap, add_rows, in_full_precision
 
 EPSILON = 1e-12
 
@@ -71,7 +71,7 @@ def merge_alternating(
     if x.is_cuda:  # adds in one order always, as index_add there does not
         total = weighed[: b * m].index_put((group,), weighed[b * m :], accumulate=True)
     else:
-        total = _add_rows(weighed[: b * m], group, weighed[b * m :])
+        total = add_rows(weighed[: b * m], group, weighed[b * m :])
     merged_size = sizes[: b * m].scatter_add(0, group, sizes[b * m :])
     if mode == "mean":
         tokens = total / merged_size[:, None]
@@ -96,7 +96,7 @@ def _match(metric: Tensor, even: slice, odd: slice, r: int) -> tuple[Tensor, Ten
     """Which `r` of the even tokens leave, and whom of the odd ones they join, `[B, r]` each."""
     unit = (metric / _length(metric)[..., None]).nan_to_num_(0, 0, 0)
     to = unit[:, odd].transpose(1, 2)
-    parts = [(part @ to).max(dim=-1) for part in _chunks(unit[:, even], max(1, CHUNK // to.shape[2]))]
+    parts = [(part @ to).max(dim=-1) for part in chunks(unit[:, even], max(1, CHUNK // to.shape[2]))]
     value, local = parts[0]
     if len(parts) > 1:
         value, local = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))

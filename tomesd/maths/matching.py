@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .grid import Grid, Partition
 from .numbers import up_to
-from .token_map import TokenMap, _norm, _take
+from .token_map import TokenMap, lengths, take
 
 # Similarities held at once for each sample by exact matching; more are computed in chunks of src rows. The
 # size of the batch does not enter: compiled and exported programs may leave it open.
@@ -72,21 +72,21 @@ def match_exact(
     Raises:
         ValueError: fewer than r tokens have somebody in their own sequence to join.
     """
-    norm = _norm(metric)
-    src, dst = _take(metric, partition.src), _take(metric, partition.dst)
-    unit, bad = _unit(dst, _take(norm, partition.dst))
+    norm = lengths(metric)
+    src, dst = take(metric, partition.src), take(metric, partition.dst)
+    unit, bad = _unit(dst, take(norm, partition.dst))
     chunk = max(1, CHUNK // max(1, unit.shape[1]))
-    products = (part @ unit.transpose(1, 2) for part in _chunks(src, chunk))
+    products = (part @ unit.transpose(1, 2) for part in chunks(src, chunk))
     src_ids = None
     if ids is not None:
-        src_ids, dst_ids = _take(ids, partition.src), _take(ids, partition.dst)
-        strangers = (part[..., None] != dst_ids[:, None] for part in _chunks(src_ids, chunk))
+        src_ids, dst_ids = take(ids, partition.src), take(ids, partition.dst)
+        strangers = (part[..., None] != dst_ids[:, None] for part in chunks(src_ids, chunk))
         products = (
             part.masked_fill(mask, -torch.inf) for part, mask in zip(products, strangers, strict=True)
         )
     best = [part.max(dim=-1) for part in products]
     value, local = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
-    score = _score(value, _take(norm, partition.src), bad.gather(1, local))
+    score = _score(value, take(norm, partition.src), bad.gather(1, local))
     if src_ids is not None:
         if padding is not None:
             score = score.masked_fill(src_ids == padding, 2)
@@ -123,7 +123,7 @@ def match_windowed(
     """
     (b, n, c), cells, (count, side) = metric.shape, dst.shape[1], windows.tokens.shape
     compared = windows.compared(dst) if compared is None else compared
-    tokens = _take(F.layer_norm(metric, (c,), eps=TINY), compared.flatten(1)).view(b * count, -1, c)
+    tokens = take(F.layer_norm(metric, (c,), eps=TINY), compared.flatten(1)).view(b * count, -1, c)
     value, local = (tokens[:, :side] @ tokens[:, side:].mT).max(dim=-1)
     del tokens  # the largest that is held
 
@@ -148,7 +148,7 @@ def match_windowed(
     return TokenMap(rank.gather(1, stays_or_joins), keep)
 
 
-def _chunks(x: Tensor, size: int) -> tuple[Tensor, ...]:
+def chunks(x: Tensor, size: int) -> tuple[Tensor, ...]:
     # The exporter of TorchScript cannot split into one part.
     return (x,) if x.shape[1] <= size else x.split(size, dim=1)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .devices import has_cholesky
-from .token_map import _take, in_full_precision
+from .token_map import in_full_precision, take
 
 # A third of it is a little nearer, three times as much is farther; a high one leaves most room for rounding.
 RIDGE = 0.03
@@ -63,7 +63,7 @@ def add_missed(y: Tensor, x: Tensor, probes: Tensor, given: Tensor, missed: Tens
         lengths = (scaled * (given + centre)).sum(2)[:, None]
         weights = nearness(x, scaled.to(dtype), lengths.to(dtype))
         # Rounding could make a matrix of no factors.
-        among = _take(weights, probes) if dtype == precise else nearness(given, scaled, lengths)
+        among = take(weights, probes) if dtype == precise else nearness(given, scaled, lengths)
         # A probe is nearest to itself.
         own = among.diagonal(dim1=1, dim2=2)[..., None]
         kernel = among / own

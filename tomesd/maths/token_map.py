@@ -195,7 +195,7 @@ class TokenMap:
             return x
         if mode == "drop":
             if not self._is_of(x):
-                return _take(x, self.keep)
+                return take(x, self.keep)
             return x.flatten(0, 1).index_select(0, self.keep_rows).view(*self.keep.shape, *x.shape[2:])
         if x.dtype == torch.bool:
             return self._scatter(x.to(torch.uint8), "amax", from_zero=True).to(torch.bool)
@@ -213,8 +213,8 @@ class TokenMap:
         mean = self._mean(x, size)
         if mode == "mean":
             return mean
-        longest = self._scatter(_norm(x), "amax", from_zero=True)
-        length = _norm(mean)
+        longest = self._scatter(lengths(x), "amax", from_zero=True)
+        length = lengths(mean)
         scale = longest / length.clamp_min(torch.finfo(length.dtype).tiny)
         # A mean of zero has no direction to keep: it stays zero.
         return mean * _align(scale.where(length > 0, 0), x).to(x.dtype)
@@ -225,7 +225,7 @@ class TokenMap:
         if self.is_identity:
             return y
         if not self._is_of(y):
-            return _take(y, self.index)
+            return take(y, self.index)
         return y.flatten(0, 1).index_select(0, self.rows).view(*self.index.shape, *y.shape[2:])
 
     def unmerge_attention(self, weights: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ class TokenMap:
         if (torch.is_grad_enabled() and has_history) or not has_bags(x.device):
             # embedding_bag has no second derivative.
             rows = table if weight is None else table * weight.reshape(-1, 1)
-            out = _add_rows(rows.new_zeros(groups, rows.shape[1]), flat, rows).view(shape)
+            out = add_rows(rows.new_zeros(groups, rows.shape[1]), flat, rows).view(shape)
             return out / _align(self.sizes, out).to(out.dtype) if mean else out
         # embedding_bag over rows sorted by group, the sorting included, takes a half of index_add's time at
         # 2 x 16,384 tokens on CPU (scripts/bench ops), and sums in float32.
@@ -332,14 +332,14 @@ def _align(per_token: Tensor, x: Tensor) -> Tensor:
     return per_token.reshape(*per_token.shape, *[1] * (x.dim() - 2))
 
 
-def _norm(x: Tensor) -> Tensor:
+def lengths(x: Tensor) -> Tensor:
     """Length of each token, `[B, T, ...]` -> `[B, T]`, in float32 at least: squares of float16 overflow."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     length: Tensor = torch.linalg.vector_norm(x[..., None].flatten(2), dim=-1, dtype=dtype)
     return length
 
 
-def _add_rows(to: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+def add_rows(to: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """`to.index_add(0, index, rows)`, of two dimensions."""
     if is_traced():  # index_add comes out wrong in ONNX where rows meet
         return to.scatter_add(0, index[:, None].expand_as(rows), rows)
@@ -366,7 +366,7 @@ def check_integers(**values: Any) -> None:
             raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
 
 
-def _take(x: Tensor, positions: Tensor) -> Tensor:
+def take(x: Tensor, positions: Tensor) -> Tensor:
     """`x[b, positions[b]]`: `[B, T, ...]` -> `[B, P, ...]`."""
     if positions.shape[0] == 1 and not is_traced():  # a trace may run on another batch
         return x.index_select(1, positions[0])

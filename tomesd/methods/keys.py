@@ -15,7 +15,7 @@ from ..hosts.hooks import Args, Kwargs, Patch
 from ..hosts.image import Image
 from ..maths.probes import add_missed, number_of_probes
 from ..maths.sampling import Samples, how_many, sample_size, sample_tokens
-from ..maths.token_map import TokenMap, _take
+from ..maths.token_map import TokenMap, take
 from .attention import SKIPS, PartHooks, is_under
 from .cost import Work, work_of
 from .method import Method
@@ -150,7 +150,7 @@ class FewerKeys(PartHooks):
         if alone and own.call is not None and self.only_attends(attn) and not self.is_cached(attn):
             probes = self.probes_of(own.call.image)
             if probes is not None:
-                given = _take(x, probes)
+                given = take(x, probes)
                 own.given = x, probes, given, *self.keys.put(*self.tokens.put(args, kwargs, given), x)
         args, kwargs = self.bias_keys(attn, token_map, args, kwargs)
         return self.put_keys(args, kwargs, keys, few, lambda values: self.keys_of(values, token_map))
@@ -164,4 +164,4 @@ class FewerKeys(PartHooks):
         # Past its hooks: to whoever counts or watches calls this is part of the one that has just been.
         exact = self.tokens_of(attn.forward(*args, **kwargs))
         tokens = self.tokens_of(output)
-        return self.put_tokens(output, add_missed(tokens, x, probes, asked, exact - _take(tokens, probes)))
+        return self.put_tokens(output, add_missed(tokens, x, probes, asked, exact - take(tokens, probes)))

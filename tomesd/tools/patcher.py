@@ -24,7 +24,7 @@ from ..hosts.unets import FAMILIES
 from ..maths.attention import key_bias
 from ..maths.linear import unmerge_linear
 from ..maths.probes import add_missed
-from ..maths.token_map import TokenMap, _take
+from ..maths.token_map import TokenMap, take
 from ..methods.choice import ByKey, UpTo
 from ..methods.keys import KeysMethod
 from ..methods.merge import Merge
@@ -183,7 +183,7 @@ class Patches:
         if out.shape[:2] != (b, n) or isinstance(method, Merge) or kept.probes is None:
             return out  # of queries that another node has merged or tiled, perhaps
         # Not what came out is compared: other nodes may have changed that on its way.
-        given = _take(kept.x, kept.probes)
+        given = take(kept.x, kept.probes)
         missed = self.ask(kept, given, kept.x) - self.ask(kept, given, kept.fewer, options)
         return add_missed(out, kept.x, kept.probes, given, missed)
 
