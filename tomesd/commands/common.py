@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -25,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..maths.devices import synchronize as synchronize
+from ..maths.devices import timed as timed
 from ..methods import files
 from ..tools import extras
 from .memory import keep_freed
@@ -326,24 +327,6 @@ def kept(path: Path, read: Callable[[Path], Result]) -> Result | None:
     except Exception as error:  # every reader has its own for what it cannot read
         say(f"note: {path} cannot be read ({reason(error)}); it is made again")
         return None
-
-
-def synchronize(device: str | torch.device) -> None:
-    """Waits until a device has done all that it was told to do."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    else:
-        getattr(torch, device.type).synchronize()
-
-
-def timed(call: Callable[[], Result], device: str | torch.device) -> tuple[Result, float]:
-    """The result of a call, and its seconds on a device."""
-    synchronize(device)
-    begin = time.perf_counter()
-    result = call()
-    synchronize(device)
-    return result, time.perf_counter() - begin
 
 
 def view(network: Module) -> Module:

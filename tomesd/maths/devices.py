@@ -1,11 +1,12 @@
-"""What a device can do, asked once for each: some lack operations that make merging fast. And who traces."""
+"""What a device can do, asked once for each, and its clock; who traces, compiles or exports what runs."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.torch_version import TorchVersion
 
 # Before, torch.compile does not know guard_scalar, and few versions need it.
 HAS_CONSTANTS = TorchVersion(torch.__version__) >= TorchVersion("2.8")
+Result = TypeVar("Result")
 
 
 def is_traced() -> bool:
@@ -47,6 +49,24 @@ def untraced() -> Iterator[None]:
         yield
     finally:
         tracing._set_tracing_state(state)
+
+
+def synchronize(device: str | torch.device) -> None:
+    """Waits until a device has done all that it was told to do."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    else:
+        getattr(torch, device.type).synchronize()
+
+
+def timed(call: Callable[[], Result], device: str | torch.device) -> tuple[Result, float]:
+    """The result of a call, and its seconds on a device."""
+    synchronize(device)
+    begin = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return result, time.perf_counter() - begin
 
 
 def has_bags(device: torch.device) -> bool:

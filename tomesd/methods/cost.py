@@ -6,7 +6,6 @@ Nothing of the host is called for this: stand-ins of the same layer shapes are.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..hosts.family import Site, submodule
 from ..hosts.image import Image
+from ..maths.devices import timed
 from ..maths.probes import number_of_probes
 from ..maths.token_map import TokenMap
 
@@ -172,7 +172,7 @@ def trial(
             way()
         taken: list[tuple[float, ...]] = []
         while len(taken) < ROUNDS and sum(map(sum, taken)) < PATIENCE:
-            taken.append(tuple(seconds_of(way, device) for way in ways))
+            taken.append(tuple(timed(way, device)[1] for way in ways))
     plain, merged = (min(seconds) for seconds in zip(*taken, strict=True))
     return Trial(plain, merged)
 
@@ -221,19 +221,3 @@ def _ways(
             run_probes()
 
     return run_all, merged
-
-
-def seconds_of(way: Callable[[], object], device: torch.device) -> float:
-    """How long a call takes on a device."""
-    _wait(device)
-    begin = time.perf_counter()
-    way()
-    _wait(device)
-    return time.perf_counter() - begin
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type != "cpu":
-        getattr(torch, device.type).synchronize()

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ..hosts.family import Site
 from ..hosts.hooks import patch_of
 from ..hosts.unets import find_networks
+from ..maths.devices import timed
 from ..methods import options
 from ..methods.choice import ImageNetwork
-from ..methods.cost import seconds_of, work_of
+from ..methods.cost import work_of
 from ..methods.method import Method
 from ..methods.recipe import Recipe
 from ..patch import patched
@@ -263,7 +264,7 @@ def measure(tuning: Tuning, methods: Sequence[Method], progress: bool = True) ->
 def least(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of a call, without what only the first one does."""
     call()
-    return min(seconds_of(call, device) for _ in range(ROUNDS))
+    return min(timed(call, device)[1] for _ in range(ROUNDS))
 
 
 def _first(output: Any) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..maths.devices import timed
 from ..methods import options
-from ..methods.cost import seconds_of
 from ..methods.merge import Merge
 from ..methods.merge_keys import MergeKeys
 from ..methods.method import Method
@@ -183,9 +183,9 @@ def verify(tuning: Tuning, recipe: Recipe, pictures: Tensor | None = None) -> di
     device, plain, tuned = tuning.plain[0].device, math.inf, math.inf
     with torch.no_grad():
         for _ in range(ROUNDS):
-            plain = min(plain, seconds_of(tuning.outputs, device))
+            plain = min(plain, timed(tuning.outputs, device)[1])
             with patched(tuning.pipe, recipe):
-                tuned = min(tuned, seconds_of(tuning.outputs, device))
+                tuned = min(tuned, timed(tuning.outputs, device)[1])
         with patched(tuning.pipe, recipe):
             about = {"speed": plain / tuned, "error": math.sqrt(tuning.error())}
             if pictures is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..hosts.vits import checked
+from ..maths.devices import synchronize
 from ..methods import options
 from ..tools.extras import need
 
@@ -72,16 +73,11 @@ def benchmark(
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=use_fp16):
         for run in shown(range(runs)):
             if run == warm_up:
-                _wait(device)
+                synchronize(device)
                 start = time.perf_counter()
             model(images)
-        _wait(device)
+        synchronize(device)
     throughput = (runs - warm_up) * batch_size / (time.perf_counter() - start)
     if verbose:
         print(f"Throughput: {throughput:.2f} im/s")
     return throughput
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
