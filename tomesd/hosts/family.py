@@ -224,11 +224,18 @@ def find(model: object, families: Sequence[AnyFamily]) -> list[Network[AnyFamily
     return list(found.values())
 
 
-def refuse_shared(network: str, sites: Iterable[Site]) -> None:
+def paths_of_parts(block: Block) -> list[str]:
+    """Where the parts of a block are in it."""
+    return [part.path for part in block.parts.values()]
+
+
+def refuse_shared(
+    network: str, sites: Iterable[Site], paths: Callable[[Block], Iterable[str]] = paths_of_parts
+) -> None:
     """Raises a ValueError where a block, or a part of one, is in two places: calls do not say which it is."""
     places: dict[int, str] = {}
     for site in sites:
-        for path in ("", *(part.path for part in site.block.parts.values())):
+        for path in ("", *paths(site.block)):
             module, name = submodule(site.module, path), ".".join(filter(None, (site.name, path)))
             if module is not None and places.setdefault(id(module), name) != name:
                 raise ValueError(

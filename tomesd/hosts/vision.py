@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.torch_version import TorchVersion as Version
 
-from .family import Block, Family, Misfit, Site, submodule
+from .family import Block, Family, Misfit, Site, refuse_shared, submodule
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class VisionFamily(Family):
         container = submodule(network, self.path)
         if container is None:
             raise Misfit(f"it has no {self.path} as {self.name}{self.too_old(network)}")
-        used: dict[int, str] = {}
+        sites: list[Site] = []
         # Not named_children: that leaves out what is there twice.
         for child, module in container._modules.items():
             block = None if module is None else self.block(module)
@@ -76,23 +76,17 @@ class VisionFamily(Family):
                     f"knows {', '.join(self.blocks)}"
                     + (": patch the model first, and then wrap its blocks" if inside else "")
                 )
-            attn = block.attn
             block = replace(block, end=last_called(module, block))
-            for part in (block.input, attn.path, block.middle, block.end):
+            for part in (block.input, block.attn.path, block.middle, block.end):
                 if part is not None and submodule(module, part) is None:
                     raise ValueError(
                         f"{name} of {type(network).__name__} has no {part}, at which tomesd merges the "
                         f"tokens of {self.name}{self.too_old(module)}"
                     )
-            for path in dict.fromkeys(("", block.input, attn.path, block.middle or "")):
-                place = f"{name}.{path}" if path else name
-                other = used.setdefault(id(module.get_submodule(path)), place)
-                if other != place:
-                    raise ValueError(
-                        f"{other} and {place} of {type(network).__name__} are one and the same module, so it "
-                        "cannot be told where in the network it is called: give each place one of its own"
-                    )
-            yield Site(name, module, block, container)
+            sites.append(Site(name, module, block, container))
+        # `end` may be a module that the first half calls too.
+        refuse_shared(type(network).__name__, sites, lambda row: (row.input, row.attn.path, row.middle or ""))
+        return iter(sites)
 
 
 def last_called(module: nn.Module, block: Block) -> str | None:
