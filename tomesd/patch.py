@@ -13,7 +13,7 @@ from torch import nn
 from .hosts.blocks import BlockHooks
 from .hosts.family import Site, named_modules_of, refuse_shared
 from .hosts.hooks import OWNER, Patch, is_ours, patch_of, show_hooks_to_compile, take_off
-from .hosts.image import ContainerHooks, NetworkHooks, Plan
+from .hosts.image import ContainerHooks, NetworkHooks, Planner
 from .hosts.unets import find_networks
 from .merge import compute_merge as compute_merge  # where tomesd 0.1.3 has it
 from .methods import cost, options
@@ -158,7 +158,7 @@ class NetworkPatch(Patch):
     def __init__(self, chosen: Chosen, auto: bool, shrink: DeepShrink | None, checks: bool = True) -> None:
         super().__init__(checks)
         self.chosen, self.auto, self.shrink = chosen, auto, shrink
-        self.plans: dict[str, Plan] = {}  # the planner of each block that has a method
+        self.plans: dict[str, Planner] = {}  # the planner of each block that has a method
 
     def anew(self) -> NetworkPatch:
         """One of the same options, on no network, which takes that as it is."""

@@ -47,18 +47,18 @@ def test_auto_leaves_alone_what_would_be_slower_and_explain_says_so(monkeypatch)
     asked = []
 
     def slower_below(tokens):
-        def trial(work, method, h, w, batch, *rest):
+        def timing(work, method, h, w, batch, *rest):
             asked.append((method, h, batch))
-            return cost.Trial(plain=1.0, merged=2.0 if h * w < tokens else 0.5)
+            return cost.Timing(plain=1.0, merged=2.0 if h * w < tokens else 0.5)
 
-        return trial
+        return timing
 
     tomesd.apply_patch(unet, max_downsample=8, auto=True)
     for tokens, want in ((0, merged), (9999, plain)):
-        monkeypatch.setattr(cost, "trial", slower_below(tokens))
+        monkeypatch.setattr(cost, "timing", slower_below(tokens))
         assert torch.equal(call(unet), want)
     assert set(asked) == {(tomesd.Merge(0.5), side, 2) for side in (16, 8, 4, 2)}
-    monkeypatch.setattr(cost, "trial", slower_below(100))
+    monkeypatch.setattr(cost, "timing", slower_below(100))
     some = call(unet)
     assert not torch.equal(some, merged)
     assert not torch.equal(some, plain)
@@ -103,9 +103,9 @@ def test_auto_measures_whatever_looks_on():
     work = cost.Work((("left", 64, 64),) * 4, (("left", "left", 1, 64),), merges=1)
     kind = tomesd.Merge(0.74), 64, 64, 1, torch.float32, torch.device("cpu")
     with FakeTensorMode():
-        faked = cost.trial(work, *kind)
+        faked = cost.timing(work, *kind)
     assert faked.pays
-    assert cost.trial(work, *kind) is faked
+    assert cost.timing(work, *kind) is faked
     unet.to("meta")
     assert unet(x.to("meta"), 5, text.to("meta")).sample.shape == x.shape
 
@@ -128,7 +128,7 @@ def test_attention_of_other_makes_is_merged_and_not_measured():
 
 def test_only_what_outweighs_matching_is_not_measured(monkeypatch):
     asked = []
-    monkeypatch.setattr(cost, "trial", lambda *args: asked.append(args) or cost.Trial(1, 2))
+    monkeypatch.setattr(cost, "timing", lambda *args: asked.append(args) or cost.Timing(1, 2))
     itself = cost.Work((("left", 8, 8),), (("left", "left", 1, 8),), 1)
     crossing = cost.Work((("left", 8, 8),), (("left", 77, 1, 8),), 1)
     kind = 2, torch.float32, torch.device("cpu")
@@ -141,9 +141,9 @@ def test_only_what_outweighs_matching_is_not_measured(monkeypatch):
 
 def test_auto_merges_where_attention_outweighs_matching():
     work = cost.Work((("left", 64, 64),) * 4, (("left", "left", 1, 64),), merges=1)
-    trial = cost.trial(work, tomesd.Merge(0.75), 64, 64, 1, torch.float32, torch.device("cpu"))
-    assert trial.pays
-    assert 0 < trial.merged < trial.plain
+    timing = cost.timing(work, tomesd.Merge(0.75), 64, 64, 1, torch.float32, torch.device("cpu"))
+    assert timing.pays
+    assert 0 < timing.merged < timing.plain
 
 
 def test_auto_compiles_to_the_answer_for_each_size(monkeypatch):
@@ -151,8 +151,8 @@ def test_auto_compiles_to_the_answer_for_each_size(monkeypatch):
     unet = tiny.small_unet()
     call = tiny.CASES["sd"]
     tomesd.apply_patch(unet, auto=True)
-    answer = lambda work, method, h, w, *rest: cost.Trial(1.0, 2.0 if h * w < 100 else 0.5)  # noqa: E731
-    monkeypatch.setattr(cost, "trial", answer)
+    answer = lambda work, method, h, w, *rest: cost.Timing(1.0, 2.0 if h * w < 100 else 0.5)  # noqa: E731
+    monkeypatch.setattr(cost, "timing", answer)
     sizes = ((16, 16), (8, 8), (16, 24), (16, 16))
     want = [call(unet, *size) for size in sizes]
     compiled = torch.compile(unet, fullgraph=True, backend="eager")

@@ -12,7 +12,7 @@ from ..maths.devices import constant, is_traced
 from ..maths.token_map import TokenMap
 from .family import Site, submodule
 from .hooks import OWNER, Args, Argument, Kwargs, Patch, PerThread, fate
-from .image import Call, ContainerHooks, Plan
+from .image import Call, ContainerHooks, Planner
 from .unets import ImageFamily
 
 
@@ -42,7 +42,7 @@ class BlockHooks:
         self.container = container
         self.name = site.name
         self.own = PerThread(BlockCall)
-        self.plan: Plan | None = None
+        self.plan: Planner | None = None
         self.tokens = Argument(site.module, site.block.tokens, 0)
         self.carrier = Argument(site.module, family.carrier) if family.carrier else None
         self.inside: dict[str, Any] = {site.block.attn.path: self.receive}  # parts that it needs

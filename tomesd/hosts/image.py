@@ -24,7 +24,7 @@ from .unets import ImageFamily
 TABLES = 64
 
 T = TypeVar("T")
-Plan = Callable[[Tensor, "Image"], TokenMap]
+Planner = Callable[[Tensor, "Image"], TokenMap]
 
 
 @dataclass(eq=False)

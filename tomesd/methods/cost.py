@@ -34,7 +34,7 @@ PATIENCE = 0.3
 
 # How many rows a layer sees: a number, all tokens of the image, or those that a method leaves.
 Rows = int | Literal["all", "left"]
-Planner: TypeAlias = Any  # a method, which imports this module: it has `ratio`, `plan` and `left`
+AnyMethod: TypeAlias = Any  # a method, which imports this module: it has `ratio`, `plan` and `left`
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _linears(module: nn.Module | None, rows: Rows) -> list[tuple[Rows, int, int]
 
 
 @dataclass(frozen=True)
-class Trial:
+class Timing:
     """Seconds of some work without and with merging, the planning included."""
 
     plain: float
@@ -129,7 +129,7 @@ class Trial:
 class PlanIfItPays:
     """Plans by a method where that makes its work faster, else merges nothing (`auto=True`)."""
 
-    def __init__(self, method: Planner, work: Work) -> None:
+    def __init__(self, method: AnyMethod, work: Work) -> None:
         self.method = method
         # A seed takes no time.
         self.question = work, replace(method, seed=0) if hasattr(method, "seed") else method
@@ -147,23 +147,23 @@ class PlanIfItPays:
         question = *self.question, h, w, batch, weight.dtype, weight.device
         if weight.device.type == "meta" or pays(*question):
             return None
-        return f"it would be slower: {trial(*question)}"
+        return f"it would be slower: {timing(*question)}"
 
 
 def pays(
-    work: Work, method: Planner, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
+    work: Work, method: AnyMethod, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether a method makes this work on an image of `h * w` tokens faster."""
     large = h * w > ALWAYS and method.ratio >= 0.25 and getattr(method, "matching", None) != "exact"
     if not work.linears or (large and any(isinstance(keys, str) for _, keys, *_ in work.attentions)):
         return True
-    return trial(work, method, h, w, batch, dtype, device).pays
+    return timing(work, method, h, w, batch, dtype, device).pays
 
 
 @cache
-def trial(
-    work: Work, method: Planner, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
-) -> Trial:
+def timing(
+    work: Work, method: AnyMethod, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> Timing:
     """Measures some work on an image, in turns, and keeps the minima: a process measures each shape once."""
     # What counts, traces or fakes the host's operations has nothing to do with these.
     with _disable_current_modes(), torch.no_grad():
@@ -174,11 +174,11 @@ def trial(
         while len(taken) < ROUNDS and sum(map(sum, taken)) < PATIENCE:
             taken.append(tuple(timed(way, device)[1] for way in ways))
     plain, merged = (min(seconds) for seconds in zip(*taken, strict=True))
-    return Trial(plain, merged)
+    return Timing(plain, merged)
 
 
 def _ways(
-    work: Work, method: Planner, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
+    work: Work, method: AnyMethod, h: int, w: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Two callables that do the work of one image without and with merging."""
 

@@ -34,7 +34,7 @@ from ..hosts.vision import VisionFamily
 from ..maths.alternating import Step, merge_alternating
 from ..maths.attention import key_bias, take_rope
 from ..maths.token_map import TokenMap
-from .layers_patch import Hooks, LayersPatch, NetworkHooks, Part, where_filled
+from .layers_patch import Hooked, Hooks, LayersPatch, NetworkHooks, where_filled
 from .layers_state import STATE, Merged, State, found_state, mark, state_of
 
 # Tokens are compared by so many of their channels: with 128 of 384 DINOv2-S keeps its accuracy, with 64 it
@@ -108,11 +108,11 @@ class LayerHooks(Hooks):
         patch.before(attn, self.enter_attention)
         patch.after(attn, self.leave_attention, first=True)
         # Around the first two an adapter would have all tokens beside merged ones.
-        self.parts = {block.middle: Part(middle, False), block.end: Part(end, False)}
-        self.parts |= {block.input: Part(first, True), part.path: Part(attn, True)}
+        self.parts = {block.middle: Hooked(middle, False), block.end: Hooked(end, False)}
+        self.parts |= {block.input: Hooked(first, True), part.path: Hooked(attn, True)}
         if keys and isinstance(key_layer, nn.Module):
             patch.after(key_layer, self.keep_keys)
-            self.parts[f"{part.path}.{part.key_layer}"] = Part(key_layer, False)
+            self.parts[f"{part.path}.{part.key_layer}"] = Hooked(key_layer, False)
         self.parts.pop("", None)
         if not at_once:
             patch.before(middle, self.merge)

@@ -52,21 +52,21 @@ class Forward:
     maps: list[TokenMap | None] = field(default_factory=list)  # after each layer, where they are kept
 
 
-class Part(NamedTuple):
+class Hooked(NamedTuple):
     """A part of a block that has hooks."""
 
     module: nn.Module
     wrappable: bool  # whether an adapter around it may come later, which calls it and adds to what it returns
 
 
-class Schedule(NamedTuple):
+class ParsedR(NamedTuple):
     """What an `r` says."""
 
     steps: list[int | float]  # how many tokens are to merge in each layer, or which share of them
     first: int  # the first layer in which any do
 
     @classmethod
-    def of(cls, layers: int, r: Any) -> Schedule:
+    def of(cls, layers: int, r: Any) -> ParsedR:
         steps = parse_r(layers, r)
         return cls(steps, next((layer for layer, step in enumerate(steps) if step), layers))
 
@@ -83,7 +83,7 @@ class Hooks:
     def __getstate__(self) -> None:
         return None
 
-    def look_for_replaced(self, block: nn.Module, name: str, parts: Mapping[str, Part]) -> None:
+    def look_for_replaced(self, block: nn.Module, name: str, parts: Mapping[str, Hooked]) -> None:
         """Raises an error if a part of a block to which these hooks belong is no longer there."""
         for path, (known, wrappable) in parts.items():
             part: Any = block
@@ -169,7 +169,7 @@ class LayersPatch(Patch):
         self.sequence_first = False
         self.own = PerThread(Forward)
         self.maps: list[TokenMap | None] = [None] * self.layers
-        self.parsed: tuple[Any, Schedule] = (None, Schedule([], self.layers))
+        self.parsed: tuple[Any, ParsedR] = (None, ParsedR([], self.layers))
         self.hooks: list[Hooks] = []
         # Copies of the network alone have no holder, and merge as it did when they were made.
         self.holder: Holder | None = None
@@ -216,7 +216,7 @@ class LayersPatch(Patch):
         return self.last_r if self.holder is None else self.holder.model.r
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> ParsedR:
         """How many tokens are to merge in each layer."""
         r = self.r
         if torch.compiler.is_compiling():  # which would look at what is kept here too
@@ -229,10 +229,10 @@ class LayersPatch(Patch):
             self.parsed = key, schedule
         return schedule
 
-    def parse(self, r: Any) -> Schedule:
+    def parse(self, r: Any) -> ParsedR:
         """The schedule of an `r`; a ValueError or TypeError if it is none."""
         try:
-            return Schedule.of(self.layers, r)
+            return ParsedR.of(self.layers, r)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 

@@ -1,1 +1,1 @@
-"""What looks at a patched model: what it does, what merged, and pictures of it."""
+"""What looks at a patched model, what finds how to patch one, and patches through a host's model patcher."""
