@@ -89,51 +89,6 @@ def test_wrong_descriptions_of_methods_are_named(data, error, says):
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "says"),
-    [
-        (lambda: Merge(-0.1), ValueError, r"ratio must be in \[0, 1\], .* got -0.1"),
-        (lambda: Merge(1.1), ValueError, "got 1.1"),
-        (lambda: Merge(float("nan")), ValueError, "got nan"),
-        (lambda: SampleKeys(1), ValueError, r"ratio must be in \[0, 1\), .* got 1"),
-        (lambda: Merge("0.5"), TypeError, r"ratio must be a number, got '0.5' \(str\)"),
-        (lambda: Merge([0.0] * 1000), TypeError, r"got \[0.0, .*\.\.\.\] \(list\)"),
-        (lambda: Merge(True), TypeError, "ratio must be a number, got True"),
-        (lambda: Merge(parts="attn"), TypeError, r"parts must be a tuple of names, got 'attn' \(str\)"),
-        (lambda: Merge(parts=()), ValueError, "parts is empty, it may hold attn, cross, mlp"),
-        (lambda: Merge(parts=("attn1",)), ValueError, "each of parts must be one of .*, got 'attn1'"),
-        (lambda: Merge(sx=0), ValueError, "sx must be at least 1, got 0"),
-        (lambda: MergeStage(sy=2.0), TypeError, r"sy must be an integer, got 2.0 \(float\)"),
-        (lambda: Merge(seed="a"), TypeError, "seed must be an integer or None, got 'a'"),
-        (lambda: Merge(matching="fast"), ValueError, "matching must be one of windowed, exact, got 'fast'"),
-        (lambda: Merge(unmerge="magic"), ValueError, "unmerge must be one of linear, copy, got 'magic'"),
-        (lambda: MergeStage(prop_attn=1), TypeError, r"prop_attn must be a bool or None, got 1"),
-        (lambda: Merge(parts=("mlp",), prop_attn=True), ValueError, "prop_attn=True weighs keys of self-att"),
-        (lambda: MergeStage(parts=("attn",)), TypeError, "unexpected keyword argument 'parts'"),
-        (lambda: SampleKeys(matching="exact"), TypeError, "unexpected keyword argument 'matching'"),
-        (
-            tomesd.Method,
-            TypeError,
-            "Method is what all methods have in common: take Merge, MergeKeys, SampleKeys",
-        ),
-        (lambda: Recipe([]), TypeError, "methods must be a dict of block names, got list"),
-        (lambda: Recipe({}), ValueError, "a recipe needs a method for one block at least"),
-        (lambda: Recipe({"a": 0.5}), TypeError, r"maps names of blocks to methods, got \{'a': 0.5\}"),
-        (
-            lambda: Recipe({"a": Merge()}, ["x"]),
-            TypeError,
-            "about must be a dict of what is known of a recipe",
-        ),
-        (lambda: Recipe.from_dict({"a": {}}), TypeError, "a recipe is described by"),
-        (lambda: Recipe.from_dict({"blocks": {}, "model": "x"}), TypeError, "a recipe is described by"),
-        (lambda: type("Merge", (tomesd.Method,), {}), TypeError, "there is a method Merge already"),
-    ],
-)
-def test_bad_methods_are_named(make, error, says):
-    with pytest.raises(error, match=says):
-        make()
-
-
-@pytest.mark.parametrize(
     ("options", "error", "says"),
     [
         (dict(ratio=2), ValueError, r"ratio must be in \[0, 1\], .* got 2"),

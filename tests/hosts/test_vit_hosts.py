@@ -17,14 +17,10 @@ from torch import nn
 import tomesd.vit as tome
 from tomesd.hosts import vits
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 CASES = tiny_vit.CASES
 TIMM = CASES["timm ViT"]
 X = tiny_vit.images()
-
-
-@pytest.fixture(autouse=True)
-def _no_grad(no_grad):
-    pass
 
 
 def build(**options):

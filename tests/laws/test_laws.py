@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tomesd
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 DRAWING = [subject for subject in SUBJECTS.values() if set(subject.options) <= set(METHODS)]
 # Laws that take long run on these: one for each way in which families differ.
 FEW = [
@@ -44,12 +45,6 @@ some_options = pytest.mark.parametrize(
         if o in (*QUICK, "layers")
     ],
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 same = torch.equal

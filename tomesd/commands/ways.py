@@ -21,7 +21,7 @@ from ..hosts.family import Site
 from ..hosts.hooks import Patch
 from ..hosts.image import Call, Image
 from ..hosts.unets import BASIC, FAMILIES
-from ..methods.merge import Merge
+from ..methods.merge import Matched, Merge
 from ..methods.merge_keys import MergeKeys
 from ..methods.method import Method
 from ..methods.sample_keys import SampleKeys
@@ -79,18 +79,19 @@ class Sliced:
         return torch.cat([y] * times + [y[:, :rest]], dim=1)
 
 
-class IdealMerge(Merge, known=False):
+class Ideal(Matched, known=False):
+    """What a method that matches tokens could save at best."""
+
+    def plan(self, x: Tensor, image: Image) -> Any:
+        return Sliced(x.shape[1], image.h * image.w - self.left(image.h, image.w))
+
+
+class IdealMerge(Ideal, Merge, known=False):
     """What Merge could save at best."""
 
-    def plan(self, x: Tensor, image: Image) -> Any:
-        return Sliced(x.shape[1], image.h * image.w - self.left(image.h, image.w))
 
-
-class IdealStage(MergeStage, known=False):
+class IdealStage(Ideal, MergeStage, known=False):
     """What MergeStage could save at best."""
-
-    def plan(self, x: Tensor, image: Image) -> Any:
-        return Sliced(x.shape[1], image.h * image.w - self.left(image.h, image.w))
 
 
 def patch_block(block: Block, method: Method, h: int, w: int, batch: int) -> None:

@@ -16,6 +16,7 @@ from ..hosts.image import Image
 from ..maths.probes import add_missed, number_of_probes
 from ..maths.sampling import Samples, how_many, sample_size, sample_tokens
 from ..maths.token_map import TokenMap, take
+from . import options
 from .attention import SKIPS, PartHooks, is_under
 from .cost import Work, work_of
 from .method import Method
@@ -47,6 +48,13 @@ class KeysMethod(Method, known=False):
     seed: int | None
     probes: int
     hooks: ClassVar[type[FewerKeys]]
+
+    def __post_init__(self) -> None:
+        self._set(
+            ratio=options.share(self.ratio, "[0, 1)"),
+            seed=options.integer_or_none("seed", self.seed),
+            probes=options.integer("probes", self.probes, least=0),
+        )
 
     def why_skipped(self, site: Site) -> str | None:
         if site.part("attn") is None:

@@ -12,7 +12,6 @@ from ..hosts.hooks import Args, Kwargs, has_other_forward
 from ..hosts.image import Image
 from ..maths.grid import Grid
 from ..maths.token_map import TokenMap
-from . import options
 from .keys import FewerKeys, KeysMethod
 from .merge import match
 
@@ -46,13 +45,6 @@ class MergeKeys(KeysMethod):
     ratio: float = 0.5
     seed: int | None = 0
     probes: int = 64
-
-    def __post_init__(self) -> None:
-        self._set(
-            ratio=options.share(self.ratio, "[0, 1)"),
-            seed=options.integer_or_none("seed", self.seed),
-            probes=options.integer("probes", self.probes, least=0),
-        )
 
     def check(self, network: str, sites: Sequence[Site], container: Sequence[Site]) -> None:
         super().check(network, sites, container)

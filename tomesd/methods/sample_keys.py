@@ -49,12 +49,8 @@ class SampleKeys(KeysMethod):
     replacement: bool = False
 
     def __post_init__(self) -> None:
-        self._set(
-            ratio=options.share(self.ratio, "[0, 1)"),
-            seed=options.integer_or_none("seed", self.seed),
-            probes=options.integer("probes", self.probes, least=0),
-            replacement=options.boolean("replacement", self.replacement),
-        )
+        super().__post_init__()
+        self._set(replacement=options.boolean("replacement", self.replacement))
 
     def plan(self, x: Tensor, image: Image) -> TokenMap:
         left = self.left(image.h, image.w)
