@@ -4,6 +4,7 @@ Every function takes a `metric` `[B, N, C]` and returns two callables: `merge(x,
 `[B, N, ...]` into `[B, M, ...]` and `unmerge(y)` turns that back into `[B, N, ...]`. They are the methods
 of a `TokenMap`, which has the modes. As in tomesd and ToMe, an `r` larger than the number of tokens that
 may leave is cut to it, and `r <= 0` merges nothing. Unlike there, the tokens that remain keep their order.
+What is of the wrong type is a TypeError, a metric of another shape a ValueError.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ def bipartite_soft_matching_random2d(
     generator: torch.Generator | None = None,
 ) -> tuple[Merge, Unmerge]:
     """Merges `r` tokens of an image, one random dst in each cell of `sx` x `sy` (Bolya and Hoffman, 2023).
+
+        merge, unmerge = bipartite_soft_matching_random2d(x, 64, 64, 2, 2, r=2048)  # x: [B, 4096, C]
+        y = unmerge(attention(merge(x)))  # attention on [B, 2048, C]
 
     Args:
         metric: what is compared, floating point `[B, h * w, C]`.

@@ -28,6 +28,10 @@ class TokenMap:
     grid is a group, they are ordered by cell. A map with as many groups as tokens changes nothing and
     returns its input untouched.
 
+        token_map = TokenMap.from_pairs(5, src=torch.tensor([[1, 4]]), dst=torch.tensor([[0, 3]]))
+        token_map.merge(x)  # [B, 5, C] -> [B, 3, C]: the means of 0 and 1 and of 3 and 4, and 2 as it is
+        token_map.unmerge(y)  # [B, 3, C] -> [B, 5, C]
+
     Args:
         index: group of each token, int64 `[B, N]`, values in `[0, M)`. B may be 1: the map then serves
             any batch.

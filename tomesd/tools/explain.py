@@ -67,6 +67,8 @@ class Explanation:
 def explain(model: object, height: int | None = None, width: int | None = None) -> Explanation:
     """Tells for each transformer block how many tokens merge and what that saves, or why it is left alone.
 
+        print(tomesd.explain(pipe, 768))  # at 768 x 768 pixels
+
     Args:
         model: what was given to `apply_patch`; an unpatched model is explained as such.
         height: of the image in pixels; by default what the model was made for.

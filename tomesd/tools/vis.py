@@ -31,6 +31,10 @@ def make_visualization(
     A dot of that colour marks the token that the others merged into. Tokens that merged with nothing show
     the picture as it is.
 
+        with tomesd.trace(pipe, steps=[10]) as plans:
+            image = pipe("a cat").images[0]
+        tomesd.make_visualization(image, plans[0]).save("merged.png")
+
     Args:
         img: what the model drew.
         plan: what merged in a block, from `trace`.

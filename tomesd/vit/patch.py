@@ -147,6 +147,11 @@ def remove_patch(model: Model) -> Model:
 def source(model: nn.Module, layer: int = -1) -> TokenMap:
     """Which of the original tokens, class token and all, each token held after a layer of the last forward.
 
+        tome.apply_patch(model, trace_source=True)
+        model.r = 8
+        model(images)
+        tome.source(model).index  # group of each token, [B, N]
+
     Args:
         layer: counted from 0, or from the last one backwards.
 

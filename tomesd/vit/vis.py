@@ -20,6 +20,8 @@ def make_visualization(
 ) -> Image.Image:
     """Paints each group of merged patches in its mean colour, with a border of a colour of its own.
 
+        tome.make_visualization(image, tome.source(model), patch_size=16).save("merged.png")
+
     Args:
         img: what the model saw, before normalisation.
         source: `tomesd.vit.source(model)`, or its dense matrix `[1, M, N]` or `[M, N]`.
