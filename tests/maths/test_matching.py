@@ -59,12 +59,14 @@ def test_alternate_protects_the_first_tokens(n, protected):
     assert partition.dst[0].tolist() == [i for i in range(n) if i % 2 == 1 and i >= protected]
 
 
+def test_every_kth():
+    partition = every_kth(11, 3)
+    assert partition.dst[0].tolist() == [2, 5, 8]
+    assert sorted(partition.src[0].tolist()) == [0, 1, 3, 4, 6, 7, 9, 10]
+
+
 @pytest.mark.parametrize("protected", [0, 1, 4])
-def test_every_kth_and_random(protected):
-    n = 11 + protected
-    partition = every_kth(n, 3, protected)
-    assert partition.dst[0].tolist() == [protected + i for i in (2, 5, 8)]
-    assert sorted(partition.src[0].tolist()) == [protected + i for i in (0, 1, 3, 4, 6, 7, 9, 10)]
+def test_random(protected):
     priority = torch.cat([torch.zeros(1, protected), torch.tensor([[0.3, 0.1, 0.2]])], 1)
     partition = random_src(priority, 2, protected)
     assert partition.src.tolist() == [[protected + 1, protected + 2]]

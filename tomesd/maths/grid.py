@@ -35,10 +35,10 @@ def alternate(n: int, protected: int = 0, device: torch.device | None = None) ->
     return Partition(src=positions[:, protected + odd :: 2], dst=positions[:, protected + 1 - odd :: 2])
 
 
-def every_kth(n: int, k: int, protected: int = 0, device: torch.device | None = None) -> Partition:
-    """The last of every `k` tokens receives, all others leave; the first `protected` tokens do neither."""
-    positions = torch.arange(protected, n, device=device)
-    cells = len(positions) // k
+def every_kth(n: int, k: int, device: torch.device | None = None) -> Partition:
+    """The last of every `k` tokens receives, all others leave."""
+    positions = torch.arange(n, device=device)
+    cells = n // k
     whole = positions[: cells * k].view(cells, k)
     src = torch.cat([whole[:, :-1].flatten(), positions[cells * k :]])
     return Partition(src[None], whole[None, :, -1])

@@ -147,10 +147,10 @@ class TokenMap:
         b = self.keep.shape[0]
         return self._once("keep_rows", lambda: self.keep[0] if b == 1 else _flat(self.keep, b, self.tokens))
 
-    def source_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`[B, M, N]`, 1 where a token belongs to a group, else 0. Grows as M x N: made on request only."""
+    def source_matrix(self) -> Tensor:
+        """Float32 `[B, M, N]`, 1 where a token belongs to a group, else 0. Grows as M x N: made on request only."""
         groups = torch.arange(self.groups, device=self.index.device)
-        return (self.index[:, None, :] == groups[None, :, None]).to(dtype)
+        return (self.index[:, None, :] == groups[None, :, None]).float()
 
     def compose(self, then: TokenMap) -> TokenMap:
         """The map that does this one's merging and then that of `then`, a map of this one's M groups."""
