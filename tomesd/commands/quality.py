@@ -365,8 +365,8 @@ def run(args: argparse.Namespace, compared: Comparison) -> int:
             print(f"{', '.join(name for name, its in missing.items() if its == why)} left out: {why}")
         print(heading(args, len(prompts)))
     outputs = {name: getattr(args, name) or folder / file for name, file in FILES.items()}
-    options = ("model", "seeds", "batch", "size", "guidance", "dtype", "max_downsample")
-    what = {name: getattr(args, name) for name in options} | {"prompts": len(prompts)}
+    settings = ("model", "seeds", "batch", "size", "guidance", "dtype", "max_downsample")
+    what = {name: getattr(args, name) for name in settings} | {"prompts": len(prompts)}
     where = common.environment(args.device, "diffusers")
     full = [{**row, **what, **where} for row in rows]
     common.write_csv(full, outputs["csv"])

@@ -148,7 +148,7 @@ class TokenMap:
         return self._once("keep_rows", lambda: self.keep[0] if b == 1 else _flat(self.keep, b, self.tokens))
 
     def source_matrix(self) -> Tensor:
-        """Float32 `[B, M, N]`, 1 where a token belongs to a group, else 0. Grows as M x N: made on request only."""
+        """Float32 `[B, M, N]`, 1 where a token belongs to a group. Grows as M x N: made on request only."""
         groups = torch.arange(self.groups, device=self.index.device)
         return (self.index[:, None, :] == groups[None, :, None]).float()
 
