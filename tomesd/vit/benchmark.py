@@ -10,7 +10,7 @@ from numbers import Integral
 import torch
 from torch import nn
 
-from ..hosts.vits import checked
+from ..hosts.networks import checked
 from ..methods import options
 from ..tools.extras import need
 
