@@ -362,7 +362,7 @@ class Restated(Block):
         (Windows, r"blocks\.0\.attn was given \[8, 16, 24\] of the block's tokens \[2, 65\]"),
         (ForAPart, r"blocks\.0\.attn was given \[1, 65, 24\] of the block's tokens \[2, 65\]"),
         (Twice, r"blocks\.0\.norm2.*was given \[2, 65, 24\] once more"),
-        (Tuple, r"blocks\.0 returns a tuple"),
+        (Tuple, r"blocks\.1\.forward was given a tuple where its tokens \[B, N, C\] are expected"),
     ],
 )
 def test_blocks_with_a_forward_of_their_own_are_never_plain_in_silence(kind, reason):
@@ -605,10 +605,22 @@ def test_scripting_is_refused_and_tracing_works_for_any_batch():
     torch.testing.assert_close(torch.jit.script(model)(X), model(X))
 
 
+class Shortened(nn.Module):
+    """A patched tower, and fewer of its tokens yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = patched(r=[7, 0, 9, 20], trace_source=True)
+
+    def forward(self, x):
+        features = self.tower.forward_features(x)
+        return tome.reduce(features, 16, prefix=1, source=tome.source(self.tower)).tokens
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_exporter_writes_what_onnxruntime_runs(tmp_path):
     ort = pytest.importorskip("onnxruntime")
-    model, batch = patched(r=[7, 0, 9, 40]), torch.export.Dim("batch", min=2, max=64)
+    model, batch = Shortened(), torch.export.Dim("batch", min=2, max=64)
     torch.onnx.export(model, (X,), dynamo=True, dynamic_shapes=({0: batch},)).save(tmp_path / "vit.onnx")
     session = ort.InferenceSession(tmp_path / "vit.onnx", providers=["CPUExecutionProvider"])
     for size in (2, 3):
@@ -781,6 +793,13 @@ def test_a_row_of_ones_own_is_patched_like_those_of_the_package(monkeypatch):
             "or_end of AcmeLayer must be a tuple of paths, got 'feed'",
         ),
         (lambda: changed(tokens=0), TypeError, "tokens of AcmeLayer must be a string, got 0"),
+        (
+            lambda: tome.VisionFamily(
+                "A", ("AcmeViT",), {"AcmeLayer": tome.Block("a", tome.Part("b", rope=1))}
+            ),
+            TypeError,
+            "attn's rope of AcmeLayer must be a string, got 1",
+        ),
         (lambda: acme(prop_attn="yes"), TypeError, "prop_attn must be a bool, got 'yes'"),
     ],
 )

@@ -14,6 +14,9 @@ from torch.torch_version import TorchVersion as Version
 
 from .family import Block, Family, Misfit, Part, Site, submodule
 
+# What a row says of attention.
+ATTENTION = ("path", "tokens", "bias", "rope", "key_layer")
+
 
 @dataclass(frozen=True)
 class VisionFamily(Family):
@@ -50,7 +53,7 @@ class VisionFamily(Family):
             check_type(f"attn of {name}", block.attn, Part, "a Part")
             check_type(f"or_end of {name}", block.or_end, tuple, "a tuple of paths")
             paths = {"input": block.input, "middle": block.middle, "end": block.end, "tokens": block.tokens}
-            paths |= {"attn's path": block.attn.path, "attn's tokens": block.attn.tokens}
+            paths |= {f"attn's {part}": getattr(block.attn, part) for part in ATTENTION}
             for part, path in paths.items():
                 check_type(f"{part} of {name}", path, str | None, "a string")
         for name in ("prefix", "suffix", "distilled"):

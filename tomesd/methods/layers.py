@@ -143,6 +143,8 @@ class LayerHooks(Hooks):
         self.look_for_replaced(block, self.name, self.parts)
         if first == self.layer:
             return None
+        if not isinstance(x, Tensor):
+            self._shape(x, "forward")
         before, inside = state_of(x, self.name)
         own.handed = found_state(x)
         if before is None or inside:
