@@ -460,6 +460,7 @@ class LastLayer(nn.Module):
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         self.tower = tower
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tower(x)[-1]
