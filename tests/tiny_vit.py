@@ -12,8 +12,14 @@ import torch
 import torchvision
 import transformers
 from open_clip.transformer import VisionTransformer as OpenClip
+from timm.models.cait import Cait
 from timm.models.eva import Eva
-from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
@@ -409,6 +415,62 @@ def OpenAiClip(**_: Any) -> nn.Module:
     return VisionTransformer()
 
 
+def _cait() -> nn.Module:
+    """CaiT whose heads do not talk to each other."""
+    model = _timm(Cait)()
+    for block in model.blocks:
+        for layer in (block.attn.proj_l, block.attn.proj_w):
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return model
+
+
+def _newer_timm(path: str, **options: Any) -> Callable[[], nn.Module]:
+    """A network of timm, "module.Class", that older versions lack."""
+    module, _, name = path.partition(".")
+    sizes = dict(img_size=SIDE, patch_size=4, embed_dim=24, depth=DEPTH, num_heads=3)
+    return lambda: randomised(
+        getattr(importlib.import_module(f"timm.models.{module}"), name)(**sizes, **options)
+    )
+
+
+def _diff_block(**options: Any) -> nn.Module:
+    return importlib.import_module("timm.models.vision_transformer").DiffParallelScalingBlock(**options)
+
+
+def _diff_qkv(half: tuple[Any, int], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    block, i = half
+    q, k, v = block.in_proj(block.in_norm(x)).split(block.in_split, -1)[1:]
+    q, k = (_heads(each, 2 * block.num_heads)[i::2] for each in (q, k))
+    return block.q_norm(q), block.k_norm(k), _heads(v, block.num_heads)
+
+
+def _diff(block: Any, x: Tensor, attend: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    hidden = block.mlp_act(
+        block.in_proj(block.in_norm(x)).split(block.in_split, -1)[0] + (block.mlp_bias or 0)
+    )
+    seen = attend((block, 0), x) - block._compute_lambda() * attend((block, 1), x)
+    seen = block.sub_norm(seen.unflatten(-1, (block.num_heads, -1))) * (1 - block.lambda_init)
+    return block.ls(block.out_proj(torch.cat([seen.flatten(1), hidden], -1)))
+
+
+class LastLayer(nn.Module):
+    """Of BridgeTower's vision half, which returns what all layers do."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tower(x)[-1]
+
+
+def patches(batch: int = 2) -> Tensor:
+    """Pictures as rows of pixels `[B, 64, 48]`."""
+    return nn.functional.unfold(images(batch), 4, stride=4).mT
+
+
 CASES = {
     "timm ViT": Case(_timm(VisionTransformer), prefix=1, **BLOCK),
     "timm DeiT distilled": Case(
@@ -605,6 +667,104 @@ ALIKE |= {
         num_mel_bins=SIDE,
         frequency_stride=4,
         time_stride=4,
+    ),
+}
+ALIKE |= {
+    "timm parallel of differences": Case(
+        _timm(VisionTransformer, block_fn=_diff_block, qkv_bias=True),
+        blocks=lambda m: list(m.blocks),
+        prefix=1,
+        first=_diff,
+        second=lambda b, x: 0,
+        qkv=_diff_qkv,
+        project="",
+        keys=False,
+        at_once=True,
+    ),
+    "timm parallel things": Case(
+        _timm(VisionTransformer, block_fn=ParallelThingsBlock),
+        blocks=lambda m: list(m.blocks),
+        prefix=1,
+        first=lambda b, x, attend: sum(part.ls(attend(part.attn, part.norm(x))) for part in b.attns),
+        second=lambda b, x: sum(part(x) for part in b.ffns),
+        qkv=_timm_qkv,
+        project="proj",
+        keys=False,
+        at_once=True,
+    ),
+    "timm CaiT": Case(_cait, **{**EVA, "rope": None, "qkv": _fused_qkv}, prefix=0, sizes=False, keys=False),
+    "timm Qwen3": Case(
+        _newer_timm("qwen3_vit.Qwen3VitEncoder", out_features=10, pos_embed_grid_size=8),
+        **{**EVA, "rope": lambda x, rope: _half_rope(x, rope.chunk(2, -1)[::-1])},
+        prefix=0,
+    ),
+    "timm DeepSeek": Case(
+        _newer_timm("deepseek_vit.DeepseekVitEncoder", out_features=10),
+        blocks=lambda m: list(m.blocks),
+        prefix=0,
+        first=lambda b, x, attend: attend(b.attn, b.norm1(x)),
+        second=lambda b, x: b.mlp(b.norm2(x)),
+        qkv=_timm_qkv,
+        project="proj",
+        rope=lambda x, rope: _half_rope(x, rope.chunk(2, -1)[::-1]),
+    ),
+    "transformers Qianfan-OCR": _hf_inner(
+        "qianfan_ocr.QianfanOCRVisionModel",
+        1,
+        HF_INTERNVL,
+        image_size=[SIDE, SIDE],
+        patch_size=[4, 4],
+        use_qk_norm=True,
+    ),
+    "transformers Molmo 2": _hf_inner(
+        "molmo2.Molmo2VisionModel",
+        0,
+        {**HF_CLIP, "project": "o_proj", "inputs": patches},
+        image_size=[SIDE, SIDE],
+        num_position_embeddings=64,
+        num_key_value_heads=3,
+        head_dim=8,
+    ),
+    "transformers Granite Docling": _hf_inner(
+        "granite_docling.GraniteDoclingVisionModel", 0, HF_CLIP, deepstack_visual_indexes=[1]
+    ),
+    "transformers Unlimited OCR": _hf_inner(
+        "unlimited_ocr.UnlimitedOcrVisionEncoder",
+        1,
+        {**HF_CLIP, "inputs": lambda batch: patches(batch).mT[:, :24].unflatten(-1, (8, 8))},
+    ),
+    "transformers BridgeTower": Case(
+        lambda: LastLayer(
+            _hf_inner("bridgetower.BridgeTowerVisionModel", 1, HF_CLIP, hidden_size=64).build()
+        ),
+        **{
+            **OPEN_CLIP,
+            "blocks": lambda m: list(m.tower.visual.transformer.resblocks),
+            "first": lambda b, x, attend: attend(b.attn, b.ln_1(x)),
+            "second": lambda b, x: b.mlp.c_proj(b.mlp.gelu(b.mlp.c_fc(b.ln_2(x)))),
+        },
+    ),
+    "transformers FLAVA": _hf_inner("flava.FlavaImageModel", 1, {**HF_VIDEO_MAE, "sizes": True}),
+    "transformers MGP-STR": Case(
+        _hf(T.MgpstrModel, T.MgpstrConfig, image_size=[SIDE, SIDE], mlp_ratio=2),
+        blocks=lambda m: list(m.encoder.blocks),
+        prefix=1,
+        first=lambda b, x, attend: attend(b.attn, b.norm1(x)),
+        second=lambda b, x: b.mlp(b.norm2(x)),
+        qkv=_fused_qkv,
+        project="proj",
+        sizes=False,
+        keys=False,
+    ),
+    "transformers VideoPrism": _hf_inner(
+        "videoprism.VideoPrismVisionModel",
+        0,
+        {**HF_VIT, "inputs": lambda batch: images(batch)[:, None]},
+        num_frames=1,
+        tubelet_size=[1, 4, 4],
+        num_spatial_layers=DEPTH,
+        num_temporal_layers=1,
+        attn_logit_softcapping=1e4,
     ),
 }
 if TorchVersion(transformers.__version__) < "5.18":  # before, its blocks were of other layouts

@@ -97,6 +97,20 @@ def test_hidden_states_and_attentions_of_transformers_come_back_on_the_original_
             torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
 
 
+@pytest.mark.parametrize("name", ["ViTPose", "FLAVA", "MGP-STR"])
+def test_attentions_that_blocks_hand_on_come_back_on_the_original_grid(name):
+    case = tiny_vit.ALIKE[f"transformers {name}"]
+    model = case.build()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        plain = case.run(model, output_attentions=True).attentions
+        tome.set_r(tome.apply_patch(model), SCHEDULE)
+        merged = case.run(model, output_attentions=True).attentions
+    assert [a.shape for a in merged] == [a.shape for a in plain]
+    torch.testing.assert_close(merged[0], plain[0])
+    torch.testing.assert_close(merged[-1].sum(-1), torch.ones(plain[-1].shape[:-1]))
+
+
 def test_hidden_states_can_be_saved():
     case = CASES["transformers DINOv2"]
     model = tome.apply_patch(case.build())
@@ -262,13 +276,15 @@ def test_fine_tuning_with_merging_converges_through_accelerate():
         (lambda: qwen(), "joins each 2 x 2 patches in the end"),
         (lambda: timm().create_model("beit_base_patch16_224", depth=1), "bias for each pair of positions"),
         (lambda: timm().create_model("vit_relpos_small_patch16_224", depth=1), "bias for each pair"),
+        (lambda: timm().models.Xcit(embed_dim=48, num_heads=3, depth=1), "among channels"),
+        (lambda: timm().models.MlpMixer(num_blocks=1), "a table of weights"),
         (
             lambda: timm().create_model("resnet18"),
             r"ResNet holds no vision transformer.*shrinks from stage to stage.*Known are timm Vision",
         ),
         (
-            lambda: parallel(),
-            "ParallelThingsBlock; of timm VisionTransformer tomesd knows Block, ResPostBlock",
+            lambda: without_a_block(),
+            "blocks.0 of VisionTransformer is a Identity; of timm VisionTransformer tomesd knows Block, ResP",
         ),
     ],
 )
@@ -292,6 +308,9 @@ def test_what_cannot_be_merged_is_refused_with_a_reason(build, reason):
         ("mllama.MllamaVisionModel", {"num_global_layers": 1}, "mask of each image"),
         ("siglip2.Siglip2VisionModel", {}, "mask of each image"),
         ("got_ocr2.GotOcr2VisionEncoder", {}, "windows"),
+        ("yolos.YolosModel", {}, "embeddings of all positions to the tokens between blocks"),
+        ("vilt.ViltModel", {}, "tokens of a text"),
+        ("minicpmv4_6.MiniCPMV4_6VisionModel", {}, "joins each 2 x 2"),
         ("qwen3_5.Qwen3_5VisionModel", {"depth": 1}, "knows: it packs images"),  # by a sign, as all alike
     ],
 )
@@ -321,7 +340,11 @@ def test_masks_and_packs_of_images_are_refused():
     model = tome.apply_patch(case.build())
     model.r = 4
     padded = torch.ones(2, 8, 8, dtype=torch.bool)
-    case.run(model, patch_attention_mask=padded)  # hides nothing
+    merged = case.run(model, patch_attention_mask=padded)[0]  # hides nothing
+    hides_nothing = {"attention_mask": torch.zeros(2, 1, 1, 64)}  # as under torch.compile, where nobody looks
+    handle = model.encoder.register_forward_pre_hook(lambda m, a, k: (a, k | hides_nothing), with_kwargs=True)
+    torch.testing.assert_close(case.run(model)[0], merged)
+    handle.remove()
     padded[0, :, 6:] = False
     with pytest.raises(ValueError, match="was given an attention mask"):
         case.run(model, patch_attention_mask=padded)
@@ -371,10 +394,10 @@ def qwen():
     return Qwen2_5_VisionTransformerPretrainedModel(Qwen2_5_VLConfig(vision_config=sizes).vision_config)
 
 
-def parallel():
-    from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
-
-    return VisionTransformer(**tiny_vit.TIMM, block_fn=ParallelThingsBlock)
+def without_a_block():
+    model = CASES["timm ViT"].build()
+    model.blocks[0] = torch.nn.Identity()
+    return model
 
 
 def test_errors_name_what_was_given():

@@ -19,7 +19,9 @@ def call_of(case, model):
     seen, blocks = {}, case.blocks(model)
     handles = [
         blocks[0].register_forward_pre_hook(lambda m, a, k: seen.update(args=a, kwargs=k), with_kwargs=True),
-        blocks[-1].register_forward_hook(lambda m, a, out: seen.update(out=out)),
+        blocks[-1].register_forward_hook(
+            lambda m, a, out: seen.update(out=out[0] if isinstance(out, tuple) else out)
+        ),
     ]
     for layer in blocks[0].modules():
         if isinstance(layer, torch.nn.Linear):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tomesd.vit as tome
 from tomesd.hosts.hooks import patch_of
-from tomesd.hosts.vits import find_networks
+from tomesd.hosts.networks import find_networks
 from tomesd.methods.cost import Work
 from tomesd.vit import tuning
 

@@ -21,6 +21,11 @@ PLACED = "its attention takes the place of a token in the sequence for its posit
 REGROUPED = "its blocks regroup tokens by frame and place, for which all have to be there"
 JOINED_BETWEEN = "other tokens join those of the image from block to block"
 GROUPED = "its stages group the tokens themselves"
+READS = "its blocks see the tokens of a text and those of the image at once"
+CHANNELS = "its attention is among channels, and convolutions between need the whole grid"
+MIXED = "its layers mix places by a table of weights, which has one for each"
+NESTED = "its blocks see the pixels of each patch beside the patches"
+ADDED = "it adds embeddings of all positions to the tokens between blocks"
 CONVOLVED = "it is made of convolutions, and has none"
 REFUSED: dict[tuple[str, ...], str] = {
     ("SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "SwinModel", "Swinv2Model"): WINDOWED,
@@ -30,17 +35,25 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("VitDetModel", "VitDetBackbone", "GlobalContextVit", "Twins", "Nest"): WINDOWED,
     ("Florence2VisionBackbone", "GotOcr2VisionEncoder", "LwDetrViTBackbone", "Sam3ViTModel"): WINDOWED,
     ("DeepseekOcr2SamVisionEncoder", "SLANeXtVisionEncoder", "RfDetrDinov2Backbone"): WINDOWED,
+    ("UnlimitedOcrSamVisionEncoder", "PPFormulaNetVisionModel"): WINDOWED,
     ("Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel"): JOINED,
-    ("Qwen3VLVisionModel",): JOINED,
+    ("Qwen3VLVisionModel", "MiniCPMV4_6VisionModel", "MiniCPMV4_7VisionModel"): JOINED,
+    ("MiniCPMOcrVisionModel",): JOINED,
     ("Beit", "BeitModel", "BeitBackbone", "Data2VecVisionModel"): RELATIVE,
-    ("VisionTransformerRelPos", "SegGptModel"): RELATIVE,
+    ("VisionTransformerRelPos", "SegGptModel", "ConVit", "LayoutLMv3Model"): RELATIVE,
     ("NaFlexVit", "Siglip2VisionModel", "PixtralVisionModel", "Phi4MultimodalVisionModel"): PADDED,
     ("MllamaVisionModel", "Kosmos2_5VisionModel", "Pix2StructVisionModel"): PADDED,
-    ("MLCDVisionModel", "Llama4VisionModel"): TABLE,
+    ("Gemma4VisionModel", "Gemma4VitEncoder"): PADDED,
+    ("MLCDVisionModel", "Llama4VisionModel", "Step3p7VisionModel"): TABLE,
     ("VJEPA2Model",): PLACED,
     ("TimesformerModel",): REGROUPED,
     ("XCLIPVisionModel", "EomtForUniversalSegmentation"): JOINED_BETWEEN,
-    ("EomtDinov3ForUniversalSegmentation",): JOINED_BETWEEN,
+    ("EomtDinov3ForUniversalSegmentation", "VideomtForUniversalSegmentation"): JOINED_BETWEEN,
+    ("ViltModel", "VisualBertModel", "FuyuModel", "UdopStack"): READS,
+    ("InterpolateMidPositionEmbeddings",): ADDED,
+    ("Xcit",): CHANNELS,
+    ("MlpMixer",): MIXED,
+    ("TNT",): NESTED,
     ("GroupViTVisionModel",): GROUPED,
     ("AlignVisionModel",): CONVOLVED,
 }

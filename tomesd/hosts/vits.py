@@ -6,10 +6,7 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
-
-from .family import Block, Network, Part, find, known
-from .refused import why_refused, why_unfit
+from .family import Block, Part
 from .vision import VisionFamily
 
 
@@ -24,7 +21,10 @@ def _class_and_storage(network: Any) -> int:
 TIMM = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask")
 EVA = Part("attn", tokens="x", key_layer="k_norm", bias="attn_mask", rope="rope")
 TIMM_BLOCK = Block("norm1", TIMM, middle="norm2", end="drop_path2", or_end=("ls2", "mlp"), tokens="x")
+TIMM_ROPE = replace(TIMM_BLOCK, attn=EVA)
 TIMM_POST = Block("attn", TIMM, middle="mlp", end="drop_path2", or_end=("norm2",), tokens="x")
+# One norm for attention and mlp, which run beside each other, or several of each do.
+TIMM_AT_ONCE = Block("", Part("", tokens="x", bias="attn_mask"), middle="", end="", tokens="x")
 MULTIHEAD = Part("self_attention", tokens="query", bias="key_padding_mask")
 ATTENTION = Part("attention", key_layer="k_proj", bias="attention_mask")
 WITH_ROPE = Part("attention", key_layer="k_proj", bias="attention_mask", rope="position_embeddings")
@@ -38,7 +38,7 @@ CLIP = Block("layer_norm1", CLIP_ATTENTION, middle="layer_norm2", end="mlp")
 BLIP = Block("layer_norm1", Part("self_attn"), middle="layer_norm2", end="mlp")
 PIXIO = replace(VIT, end="drop_path")
 AIM = Block("rms_norm1", ATTENTION, middle="rms_norm2", end="ffn")
-VIT_POSE = Block("layernorm_before", Part("attention"), middle="layernorm_after", end="mlp")
+VIT_POSE = Block("layernorm_before", Part("attention.attention"), middle="layernorm_after", end="mlp")
 INTERNVL = Part("attention", key_layer="k_norm", bias="attention_mask")
 # Their `output` adds to what it makes.
 VIDEO_MAE = Block(
@@ -67,10 +67,9 @@ FAMILIES = [
             "Block": TIMM_BLOCK,
             # Here the norms come after attention and mlp.
             "ResPostBlock": TIMM_POST,
-            # One norm for attention and mlp, which run beside each other.
-            "ParallelScalingBlock": Block(
-                "", Part("", tokens="x", bias="attn_mask"), middle="", end="", tokens="x"
-            ),
+            "ParallelScalingBlock": TIMM_AT_ONCE,
+            "DiffParallelScalingBlock": TIMM_AT_ONCE,
+            "ParallelThingsBlock": TIMM_AT_ONCE,
         },
         package="timm",
         since="1.0.16",
@@ -79,13 +78,26 @@ FAMILIES = [
         distilled=lambda network: getattr(network, "dist_token", None) is not None,
     ),
     VisionFamily(
-        "timm Eva (EVA02, DINOv3)",
-        ("Eva",),
-        {"EvaBlock": replace(TIMM_BLOCK, attn=EVA), "EvaBlockPostNorm": replace(TIMM_POST, attn=EVA)},
+        "timm Eva (EVA02, DINOv3), Qwen3 and DeepSeek",
+        ("Eva", "Qwen3VitEncoder", "DeepseekVitEncoder"),
+        {
+            "EvaBlock": TIMM_ROPE,
+            "EvaBlockPostNorm": replace(TIMM_POST, attn=EVA),
+            "DeepseekVitBlock": TIMM_ROPE,
+        },
         package="timm",
         since="1.0.16",
         path="blocks",
         prefix=OF_TIMM,
+    ),
+    VisionFamily(
+        "timm CaiT",
+        ("Cait",),  # its class token comes after these blocks
+        {"LayerScaleBlock": Block("norm1", Part("attn", tokens="x"), middle="norm2", end="mlp", tokens="x")},
+        package="timm",
+        path="blocks",
+        prefix=lambda network: 0,
+        prop_attn=False,
     ),
     VisionFamily(
         "torchvision or SWAG VisionTransformer",
@@ -96,6 +108,12 @@ FAMILIES = [
         prefix=lambda network: int(getattr(network, "classifier", "token") == "token"),
     ),
     VisionFamily("transformers ViT", ("ViTModel",), {"ViTLayer": VIT}, path="layers", since="5.9"),
+    VisionFamily(
+        "transformers Qianfan-OCR vision",
+        ("QianfanOCRVisionModel",),
+        {"QianfanOCRVisionLayer": replace(VIT, attn=INTERNVL)},
+        path="layers",
+    ),
     VisionFamily(
         "transformers DeiT",
         ("DeiTModel", "ASTModel"),
@@ -154,6 +172,7 @@ FAMILIES = [
         (
             *("AltCLIPVisionModel", "ChineseCLIPVisionModel", "CLIPSegVisionModel", "GitVisionTransformer"),
             *("Kosmos2VisionTransformer", "Owlv2VisionTransformer", "OwlViTVisionTransformer"),
+            "UnlimitedOcrVisionEncoder",
         ),
         {
             "AltCLIPEncoderLayer": CLIP,
@@ -163,22 +182,57 @@ FAMILIES = [
             "Kosmos2VisionEncoderLayer": CLIP,
             "Owlv2EncoderLayer": CLIP,
             "OwlViTEncoderLayer": CLIP,
+            "UnlimitedOcrEncoderLayer": CLIP,
         },
     ),
     VisionFamily(
         "transformers vision as SigLIP's",
         (
             *("Idefics2VisionTransformer", "Idefics3VisionTransformer", "SmolVLMVisionTransformer"),
-            *("JanusVisionModel", "Aimv2VisionModel", "Ovis2VisionTransformer"),
+            *("JanusVisionModel", "Aimv2VisionModel", "Ovis2VisionTransformer", "GraniteDoclingVisionModel"),
         ),
         {
             "Idefics2EncoderLayer": CLIP,  # padded pictures are refused when it runs, by their mask
             "Idefics3EncoderLayer": CLIP,
             "SmolVLMEncoderLayer": CLIP,
             "JanusVisionEncoderLayer": CLIP,
+            "GraniteDoclingEncoderLayer": CLIP,
             "Aimv2EncoderLayer": AIM,
             "Ovis2VisionEncoderLayer": AIM,
         },
+        prefix=lambda network: 0,
+    ),
+    VisionFamily(
+        "transformers Molmo 2 vision",
+        ("Molmo2VisionModel",),
+        {"Molmo2VisionEncoderLayer": CLIP},
+        path="layers",
+        prefix=lambda network: 0,
+    ),
+    VisionFamily(
+        "transformers BridgeTower vision",
+        ("BridgeTowerVisionTransformer",),
+        {"BridgeTowerResidualAttention": replace(OPEN_CLIP, end="mlp.c_proj", tokens="hidden_state")},
+        path="transformer.resblocks",
+    ),
+    VisionFamily(
+        "transformers FLAVA vision",
+        ("FlavaImageModel",),
+        {"FlavaLayer": replace(VIDEO_MAE, attn=Part("attention.attention", bias="attention_mask"))},
+        path="encoder.layer",
+    ),
+    VisionFamily(
+        "transformers MGP-STR",
+        ("MgpstrModel",),
+        {"MgpstrLayer": Block("norm1", Part("attn"), middle="norm2", end="mlp")},
+        path="encoder.blocks",
+        prop_attn=False,
+    ),
+    VisionFamily(  # its spatial half, in which each frame is a sample
+        "transformers VideoPrism",
+        ("VideoPrismVisionModel",),
+        {"VideoPrismLayer": VIT},
+        path="spatial_layers",
         prefix=lambda network: 0,
     ),
     VisionFamily("transformers ViT-MSN", ("ViTMSNModel",), {"ViTMSNLayer": VIT}, path="layers", since="5.9"),
@@ -270,89 +324,3 @@ FAMILIES = [
         prop_attn=False,
     ),
 ]
-
-
-def register(family: VisionFamily) -> VisionFamily:
-    """Makes a family of vision transformers known to `apply_patch`, before those that are known already.
-
-        tome.register(
-            tome.VisionFamily(
-                "Acme ViT",
-                ("AcmeViT",),  # classes of the network, by name; subclasses count
-                {
-                    "AcmeLayer": tome.Block(  # x = x + attention(norm(x)); x = x + feed(norm_2(x))
-                        "norm",
-                        tome.Part("attention", tokens="x", bias="bias"),
-                        middle="norm_2",  # is given the tokens after attention: here they merge
-                        end="feed",  # the last module that sees what the second half adds
-                        tokens="x",
-                    )
-                },
-                path="layers",  # the list of its blocks
-                prefix=lambda network: 1,  # how many tokens before the patches never merge
-            )
-        )
-
-    A bias of keys is given as `[B, 1, 1, N]`; leave it out, with `prop_attn=False`, where attention takes
-    none. What a row says of modules is checked when a model is patched: an error then names what is missing.
-
-    Returns:
-        The same family.
-
-    Raises:
-        TypeError: it is no VisionFamily, or a field is of the wrong type.
-        ValueError: its name or the list of its classes is empty, a block lacks a part, or another family has
-            its name.
-    """
-    if not isinstance(family, VisionFamily):
-        raise TypeError(f"expected a VisionFamily, got {type(family).__name__}")
-    if not (family.name and family.path and family.networks and family.blocks):
-        raise ValueError(f"a family needs a name, networks, blocks and a path, got {family}")
-    if any(row.name == family.name for row in FAMILIES):
-        raise ValueError(f"there is a family {family.name!r} already")
-    FAMILIES.insert(0, family)
-    return family
-
-
-def find_networks(model: object, package: str | None = None) -> list[Network[VisionFamily]]:
-    """Every vision transformer of a known family in a module.
-
-    Args:
-        package: take only families of this function of `tomesd.vit.patch`.
-
-    Raises:
-        TypeError: the model is no module.
-        ValueError: it holds no vision transformer of a known family, or one that cannot be merged.
-    """
-    module = checked(model)
-    every = find(module, FAMILIES)
-    found = [network for network in every if package in (None, network.family.package)]
-    for name, part in module.named_modules():
-        reason = why_refused(part)
-        if reason is not None:
-            others = ", ".join(network.name for network in found)
-            raise ValueError(
-                f"the tokens of {name or 'this'} {type(part).__name__} cannot be merged: {reason}"
-                + (f". Patch the others alone: {others}" if others else "")
-            )
-    if not found:
-        of = f" of {package}" if package else ""
-        rows = [row for row in FAMILIES if package in (None, row.package)]
-        raise ValueError(
-            f"{type(module).__name__} holds no vision transformer{of} that tomesd knows{why_unfit(module)}. "
-            f"Known are {known(rows)}; for Stable Diffusion there is tomesd.apply_patch"
-        )
-    for network in found:
-        if not network.sites:
-            raise ValueError(f"{network} has no blocks in {network.family.path}")
-    return found
-
-
-def checked(model: object) -> nn.Module:
-    """The model, if it is a module; else a TypeError."""
-    if isinstance(model, nn.Module):
-        return model
-    kind = f"the class {model.__name__}: make one first" if isinstance(model, type) else type(model).__name__
-    has_one = isinstance(getattr(model, "model", None), nn.Module)  # a pipeline of transformers, say
-    instead = "pass its .model" if has_one else "for pipelines there is tomesd.apply_patch"
-    raise TypeError(f"expected a torch module, got {kind} ({instead})")

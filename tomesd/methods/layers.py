@@ -143,6 +143,8 @@ class LayerHooks(Hooks):
         self.look_for_replaced(block, self.name, self.parts)
         if first == self.layer:
             return None
+        if not isinstance(x, Tensor):
+            self._shape(x, "forward")
         before, inside = state_of(x, self.name)
         own.handed = found_state(x)
         if before is None or inside:
@@ -217,7 +219,7 @@ class LayerHooks(Hooks):
     def leave_attention(self, attn: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         """Gives attention weights, where asked for, on the original grid: `[B, heads, N, N]`."""
         before = self.own.get().before
-        if before is None or not isinstance(output, tuple) or output[1] is None:
+        if before is None or not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
             return output
         return (output[0], before.map.unmerge_attention(output[1]), *output[2:])
 
@@ -272,6 +274,8 @@ class LayerHooks(Hooks):
         own, patch = self.own.get(), self.patch
         if isinstance(output, list) and len(output) == 1:
             return [self.leave(block, args, kwargs, output[0])]
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):  # attention weights follow
+            return (self.leave(block, args, kwargs, output[0]), *output[1:])
         if own.merging:
             self._look_for_skipped(block, own)
             self._shape(output, "")

@@ -266,9 +266,10 @@ class NetworkHooks(Hooks):
         others = [child for name, child in module.named_children() if name != self.path.partition(".")[0]]
         for first in others[:1]:
             patch.before(first, self.look_for_blocks)
-        self.mask: Argument | None = None
-        if "attention_mask" in inspect.signature(type(module).forward).parameters:
-            self.mask = Argument(module, "attention_mask")
+        names = inspect.signature(type(module).forward).parameters
+        # The name of some is that of a mask of patches, from which they make one of attention.
+        self.masks = [Argument(module, name) for name in names if name.endswith("attention_mask")]
+        if self.masks:
             patch.before(module, self.look_for_mask)
             patch.after(module, self.forget_mask)
         if isinstance(container, nn.Sequential):
@@ -303,8 +304,7 @@ class NetworkHooks(Hooks):
     @where_filled
     def look_for_mask(self, network: nn.Module, args: Args, kwargs: Kwargs) -> None:
         # Under torch.export blocks are given a mask that hides nothing: is there one of the caller's?
-        assert self.mask is not None
-        self.patch.own.get().masked = self.mask.get(args, kwargs) is not None
+        self.patch.own.get().masked = any(mask.get(args, kwargs) is not None for mask in self.masks)
 
     @where_filled
     def forget_mask(self, network: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:

@@ -1,8 +1,8 @@
 """Token merging for vision transformers by the names of the ToMe package: `import tomesd.vit as tome`."""
 
 from ..hosts.family import Block, Part
+from ..hosts.networks import register
 from ..hosts.vision import VisionFamily
-from ..hosts.vits import register
 from ..methods.schedule import parse_r
 from . import merge, patch, utils
 from .patch import apply_patch, remove_patch, set_r, source

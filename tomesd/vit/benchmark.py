@@ -10,7 +10,7 @@ from numbers import Integral
 import torch
 from torch import nn
 
-from ..hosts.vits import checked
+from ..hosts.networks import checked
 from ..maths.devices import synchronize
 from ..methods import options
 from ..tools.extras import need
@@ -49,19 +49,25 @@ def benchmark(
     model = checked(model)
     runs, batch_size = options.integer("runs", runs), options.integer("batch_size", batch_size)
     throw_out = options.number("throw_out", throw_out)
+    options.boolean("use_fp16", use_fp16)
+    options.boolean("verbose", verbose)
     if not isinstance(input_size, Sequence) or isinstance(input_size, str):
         raise options.wrong_type("input_size", "channels, height and width, as (3, 224, 224)", input_size)
+    for side in input_size:
+        options.integer(f"each of input_size {input_size}", side, least=1)
     try:
         device = torch.device(f"cuda:{device}" if isinstance(device, Integral) else device)
     except (TypeError, RuntimeError):
         raise options.wrong_type("device", 'a name such as "cpu", or the number of a GPU', device) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'there is no {device}: pass device="cpu"')
-    warm_up = int(runs * throw_out)
-    if not 0 <= warm_up < runs or batch_size < 1:
+    try:  # before the model moves there
+        torch.zeros(1, device=device).item()
+    except (AssertionError, RuntimeError):
+        raise ValueError(f'{device} cannot run anything here: pass device="cpu"') from None
+    if not (0 <= throw_out < 1 and runs > 0 and batch_size > 0):
         raise ValueError(
             f"nothing to measure with runs={runs}, throw_out={throw_out}, batch_size={batch_size}"
         )
+    warm_up = int(runs * throw_out)
     dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
     model = model.eval().to(device)
     weights = next(model.parameters(), torch.empty(0)).dtype

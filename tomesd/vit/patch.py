@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 from torch import nn
 
 from ..hosts.hooks import OWNER, patch_of, show_hooks_to_compile, take_off
-from ..hosts.vits import checked, find_networks
+from ..hosts.networks import checked, find_networks
 from ..maths.token_map import TokenMap
 from ..methods.layers import attach
 from ..methods.layers_patch import Holder, LayersPatch, MergeLayers, Metric, Mode, is_copy

@@ -75,9 +75,7 @@ def reduce(
         ValueError: `keep` is not from 1 to the number of patches or to what the source has left, a grid of
             another number of patches, or a source of other tokens.
     """
-    if not isinstance(features, Tensor) or not features.is_floating_point() or features.dim() != 3:
-        given = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise TypeError(f"features must be a floating point tensor [B, N, C], got {given}")
+    _check_tokens("features", features, {3: "[B, N, C]"})
     options.one_of("how", how, get_args(How))
     prefix = options.integer("prefix", prefix, least=0)
     patches = features.shape[1] - prefix
@@ -124,14 +122,19 @@ def keep(
     """
     if not 0 <= options.number("rate", rate) < 1:
         raise ValueError(f"rate must be from 0 to below 1, the share of tokens that goes, got {rate}")
-    if not isinstance(embeddings, Tensor) or embeddings.dim() not in (2, 3):
-        raise TypeError("embeddings must be a floating point tensor [N, C] or [B, N, C]")
+    _check_tokens("embeddings", embeddings, {2: "[N, C]", 3: "[B, N, C]"})
     single = embeddings.dim() == 2
     features = embeddings[None] if single else embeddings
     b, n, _ = features.shape
     kept = reduce(features, n - int(rate * n), how=how, grid=grid, seed=seed).map.keep.expand(b, -1)
     mask = torch.zeros(b, n, dtype=torch.bool, device=features.device).scatter(1, kept, True)
     return mask[0] if single else mask
+
+
+def _check_tokens(name: str, x: Any, shapes: dict[int, str]) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() not in shapes:
+        given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating point tensor {' or '.join(shapes.values())}, got {given}")
 
 
 def _grid(grid: Any, patches: int) -> tuple[int, int]:

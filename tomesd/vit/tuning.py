@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..hosts.family import Network
 from ..hosts.hooks import patch_of
+from ..hosts.networks import find_networks
 from ..hosts.vision import VisionFamily
-from ..hosts.vits import find_networks
 from ..methods import options
 from ..methods.cost import Work, layer_work
 from ..methods.layers_patch import LayersPatch

@@ -41,6 +41,7 @@ def make_visualization(
     if not isinstance(source, TokenMap | Tensor):
         raise options.wrong_type("source", "a TokenMap or a matrix", source)
     patch_size = options.integer("patch_size", patch_size, least=1)
+    options.boolean("class_token", class_token)
     index = source.index if isinstance(source, TokenMap) else _index(source)
     if index.shape[0] != 1:
         raise ValueError(f"the source must be of one image, got {index.shape[0]}: pass source[i : i + 1]")
