@@ -186,7 +186,7 @@ def test_what_merged_is_drawn(tmp_path, capsys):
     assert main([*call, "--at", "1", "7"]) == 2
     assert "there are steps 0 to 2, not 1, 7" in capsys.readouterr().err
     assert main([*call, "--at", "-1"]) == 2
-    assert "argument --at: '-1' is not the number of a step" in capsys.readouterr().err
+    assert "argument --at: '-1' is not a whole number of at least 0" in capsys.readouterr().err
     assert main([*call, "--block", "unet.nowhere"]) == 2
     said = capsys.readouterr().err  # before it draws
     assert "nothing merges at unet.nowhere, only at unet.down_blocks.0" in said
