@@ -3,7 +3,7 @@
     python examples/generate_4k.py "a harbour at sunrise"
     python examples/generate_4k.py "red apple" --model emoji --size 256 128
 
-Nearly all of the time goes into refining. There every token looks at one of 16 others, at the two finest
+Nearly all of the time goes into refining. There every token looks at a sixteenth of them, at the two finest
 levels with attention. `tomesd generate-4k` takes SDXL too, and measures time and memory.
 """
 

@@ -43,11 +43,11 @@ from tomesd.commands.common import (
     guarded,
     new_file,
     positive,
-    smooth,
     threads,
     view,
     write_csv,
 )
+from tomesd.commands.models import smooth
 from tomesd.commands.pipelines import pick_device
 from tomesd.commands.plot import new_picture
 from tomesd.commands.runs import Run, measure, report

@@ -22,7 +22,7 @@ from PIL import Image
 
 import tomesd.vit as tome
 from tomesd.commands import memory, models
-from tomesd.commands.common import smooth
+from tomesd.commands.models import smooth
 from tomesd.maths.grid import alternate
 from tomesd.maths.matching import match_exact
 

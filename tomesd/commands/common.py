@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import __version__
 from ..methods import files
@@ -361,18 +361,6 @@ def view(network: Module) -> Module:
     """A copy that shares the weights, so that each way can stay patched, for the memory of one."""
     shared = [*network.parameters(), *network.buffers()]
     return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
-
-
-def smooth(batch: int, channels: int, h: int, w: int, scale: int = 8, noise: float = 0.3) -> Tensor:
-    """Pixels that resemble their neighbours, as those of a picture do: `[batch, channels, h, w]`.
-
-    Args:
-        scale: how far likeness reaches, in pixels.
-        noise: standard deviation of what differs from pixel to pixel.
-    """
-    coarse = torch.randn(batch, channels, max(1, h // scale), max(1, w // scale))
-    fine = nn.functional.interpolate(coarse, size=(h, w), mode="bicubic")
-    return fine + noise * torch.randn_like(fine)
 
 
 def environment(device: str | torch.device, *packages: str) -> Row:
