@@ -191,6 +191,10 @@ def test_what_merged_is_drawn(tmp_path, capsys):
     said = capsys.readouterr().err  # before it draws
     assert "nothing merges at unet.nowhere, only at unet.down_blocks.0" in said
     assert "trace: red apple" not in said
+    assert main([*call, "--at", "9" * 99]) == 2
+    assert "99 is above 2147483647" in capsys.readouterr().err
+    assert main(["explain", "--size", "9" * 99]) == 2
+    assert "is neither a side like 512" in capsys.readouterr().err
     assert main([*call, "--ratio", "0"]) == 2
     assert main([*call[:3], "--out", "no/where.png"]) == 2
 
