@@ -6,6 +6,8 @@ Each token of a sequence repeats one of a few symbols with noise, and is to be t
 inside of the model, and every token still gets an answer.
 """
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +50,7 @@ def batch(symbols: Tensor, size: int = 32) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     torch.manual_seed(0)
     symbols = torch.randn(SYMBOLS, WIDTH)
     for r in (0, 20):

@@ -8,7 +8,9 @@ For each photo: above, the groups of merged patches in their mean colour after s
 rebuilt from one mean patch for each group.
 """
 
-import argparse
+from __future__ import annotations
+
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,34 +21,55 @@ import torch
 from PIL import Image, ImageOps
 
 import tomesd.vit as tome
+from tomesd.commands.common import Parser, UserError, first_line, guarded, positive, ratio
+from tomesd.commands.plot import new_picture
 from tomesd.tools.vis import rebuilt
 
-PATCH = 14
+PROGRAM = "examples/vit_clusters.py"
+PATCH, LAYERS = 14, 12
 
 
 def photo(name: str, size: int) -> Image.Image:
     """A file, or one of scikit-image's photos, cut to a square of `size` pixels."""
-    if Path(name).exists():
-        image = Image.open(name).convert("RGB")
-    else:
-        image = Image.fromarray(getattr(skimage.data, name)())
-    return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+    try:
+        image = Image.open(name) if Path(name).exists() else Image.fromarray(getattr(skimage.data, name)())
+    except (AttributeError, OSError, TypeError):
+        raise UserError(f"argument --images: {name} is no picture, and no photo of scikit-image") from None
+    return ImageOps.fit(image.convert("RGB"), (size, size), method=Image.Resampling.BICUBIC)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def whole_patches(text: str) -> int:
+    """Pixels that whole patches cover."""
+    return positive(text) // PATCH * PATCH or PATCH
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(PROGRAM, __doc__)
     photos = ["chelsea", "rocket", "coffee"]
     parser.add_argument("--images", nargs="+", default=photos, help="files, or photos of scikit-image")
-    parser.add_argument("--size", type=int, default=448, help="pixels, a multiple of 14")
-    parser.add_argument("--share", type=float, default=0.95, help="of the tokens, merged at the end (0.95)")
-    parser.add_argument("--layers", type=int, nargs="+", default=[3, 6, 9, 12], help="layers to draw, from 1")
+    parser.add_argument(
+        "--size", type=whole_patches, default=448, help="pixels, cut to a multiple of 14 (448)"
+    )
+    parser.add_argument("--share", type=ratio, default=0.95, help="of the tokens, merged at the end (0.95)")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        choices=range(1, LAYERS + 1),
+        nargs="+",
+        default=[3, 6, 9, 12],
+        metavar="LAYER",
+        help="layers to draw, 1 to 12",
+    )
     parser.add_argument("--weights", type=Path, help="file of timm's weights")
-    parser.add_argument("--out", type=Path, default=Path("clusters.jpg"))
+    parser.add_argument("--out", type=new_picture, default="clusters.jpg")
     args = parser.parse_args(arguments)
 
     source = {"file": str(args.weights)} if args.weights else None
     name = "vit_small_patch14_dinov2.lvd142m"
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, img_size=args.size)
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, img_size=args.size)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"no weights from {args.weights or 'the hub'}: {first_line(error)}") from None
     tome.apply_patch(model.eval(), trace_source=True)
     side = args.size // PATCH
     model.r = round(args.share * side**2 / len(model.blocks))
@@ -70,7 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
             below.imshow(rebuilt(image, merged, side, side))
     figure.savefig(args.out, dpi=110)
     print(f"{args.out}: r = {model.r}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(PROGRAM, main))

@@ -4,13 +4,15 @@ python examples/vit_timm.py                  random weights, offline
 python examples/vit_timm.py --pretrained     timm's weights from the hub
 """
 
-import sys
+import argparse
 
 import timm
 
 import tomesd.vit as tome
 
-model = timm.create_model("vit_base_patch16_224", pretrained="--pretrained" in sys.argv)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("--pretrained", action="store_true", help="timm's weights from the hub")
+model = timm.create_model("vit_base_patch16_224", pretrained=parser.parse_args().pretrained)
 speed = dict(device="cpu", runs=6, batch_size=8)
 
 plain = tome.utils.benchmark(model, **speed)

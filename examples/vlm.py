@@ -8,7 +8,9 @@
 prompt, as its pictures are of any size.
 """
 
-import argparse
+from __future__ import annotations
+
+import sys
 from typing import Any
 
 import skimage.data
@@ -18,7 +20,9 @@ import transformers as T
 from PIL import Image
 
 import tomesd.vit as tome
+from tomesd.commands.common import Parser, UserError, first_line, guarded, ratio
 
+PROGRAM = "examples/vlm.py"
 PROMPT = "<image> what is this ?"
 
 
@@ -27,6 +31,8 @@ def shorten_prompts(model: Any, processor: Any, keep: float) -> None:
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     keep = int(keep) if keep >= 1 else int(keep * patches)
+    if not 1 <= keep <= patches:
+        raise ValueError(f"there are {patches} tokens of a picture, of which {keep} cannot be kept")
 
     def reduce(module: Any, args: Any) -> Any:
         features = args[0]  # a class token may be among them
@@ -97,35 +103,48 @@ def tiny(select: str = "default") -> tuple[Any, Any]:
     return T.LlavaForConditionalGeneration(config).eval(), processor
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def number(text: str) -> float:
+    """Tokens, or a share of them."""
+    return int(text) if text.isdecimal() else ratio(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--model", help="name on the hub or a folder, of LLaVA, PaliGemma or Qwen2.5-VL")
-    parser.add_argument("--keep", type=float, default=16, help="tokens of a picture, or a share of them (16)")
+    parser.add_argument(
+        "--keep", type=number, default=16, help="tokens of a picture, or a share of them (16)"
+    )
     parser.add_argument("--image", help="a file (a photo of scikit-image)")
     parser.add_argument("--prompt", help="with the model's own marks of a picture and of whose turn it is")
     args = parser.parse_args(arguments)
-    keep = int(args.keep) if args.keep >= 1 else args.keep
     image = Image.open(args.image).convert("RGB") if args.image else Image.fromarray(skimage.data.chelsea())
     if args.model:
-        processor = T.AutoProcessor.from_pretrained(args.model)
-        model = T.AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto").eval()
+        try:
+            processor = T.AutoProcessor.from_pretrained(args.model)
+            model = T.AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto").eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot get the model {args.model}: {first_line(error)}") from None
     else:
         model, processor = tiny()
 
     def read() -> Any:
         return processor(images=image, text=args.prompt or PROMPT, return_tensors="pt")
 
-    inputs = plain = read()
-    if "image_grid_thw" in plain:
-        inputs = shortened(model, plain, keep)
-    else:
-        shorten_prompts(model, processor, keep)
-        inputs = read()
+    try:
+        inputs = plain = read()
+        if "image_grid_thw" in plain:
+            inputs = shortened(model, plain, args.keep)
+        else:
+            shorten_prompts(model, processor, args.keep)
+            inputs = read()
+    except ValueError as error:  # of a --prompt or a --keep that cannot be
+        raise UserError(first_line(error)) from None
     lengths = plain["attention_mask"].shape[1], inputs["attention_mask"].shape[1]
     print(f"tokens of the prompt: {lengths[0]}, shortened {lengths[1]}")
     answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     print(processor.batch_decode(answer, skip_special_tokens=True)[0])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(PROGRAM, main))

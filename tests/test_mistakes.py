@@ -172,6 +172,13 @@ def test_files_are_written_whole_or_not_at_all_and_devices_stay(tmp_path):
             TypeError,
             "ratio must be a number, got '1'",
         ),
+        (lambda: TokenMap.identity(-1), ValueError, "n must be at least 0, got -1"),
+        (
+            lambda: TokenMerger(X, 8).chain(X, 8),
+            ValueError,
+            r"keys must be of the \[2, 56\] tokens that are left",
+        ),
+        (lambda: Recipe({"a": Merge()}).save("no/r.json"), FileNotFoundError, "no such folder: '.*/no'"),
         (lambda: TokenMap.identity("4"), TypeError, "n must be an integer, got '4'"),
         (lambda: TokenMap.identity(4).compose(None), TypeError, "then must be a TokenMap, got NoneType"),
         (lambda: TokenMap.identity(64).merge(X, size=[1]), TypeError, "size must be a tensor, got list"),

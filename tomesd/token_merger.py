@@ -133,5 +133,5 @@ def _as_map(adm: Tensor | TokenMap | None, b: int, s: int) -> TokenMap | None:
     if not isinstance(adm, TokenMap):
         raise TypeError(f"adm must be a tensor or a TokenMap, got {type(adm).__name__}")
     if adm.groups != s or adm.index.shape[0] not in (1, b):
-        raise ValueError(f"adm leaves {list(adm.keep.shape)} tokens, keys have {[b, s]}")
+        raise ValueError(f"keys must be of the {list(adm.keep.shape)} tokens that are left, got {[b, s]}")
     return adm

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tomesd.commands import common
 from tomesd.commands.common import Parser, aligned, guarded, need, say
 from tomesd.commands.pipelines import EMOJI_MODEL
 from tomesd.hosts.image import Image
@@ -284,7 +285,7 @@ def errors_of(cases: Sequence[Case], ways: dict[str, Way], ratios: Sequence[floa
 def run(arguments: Sequence[str] | None) -> int:
     parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--ratios", nargs="+", type=float, default=(0.5, 0.75))
+    parser.add_argument("--ratios", nargs="+", type=common.ratio, default=(0.5, 0.75))
     parser.add_argument("--fit", action="store_true", help="ways to fit the linear unmerge instead")
     args: argparse.Namespace = parser.parse_args(arguments)
     ways = FITS if args.fit else WAYS

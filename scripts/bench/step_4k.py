@@ -32,10 +32,9 @@ from tomesd.commands.common import (
     need,
     positive,
     size,
-    smooth,
     timed,
 )
-from tomesd.commands.models import Setting
+from tomesd.commands.models import Setting, smooth
 from tomesd.commands.pipelines import EMOJI_MODEL
 from tomesd.commands.runs import Run, patched
 from tomesd.hosts.image import Image

@@ -14,7 +14,6 @@ import copy
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tomesd
-from tomesd.commands.common import Parser, Row, aligned, guarded, need, positive, timed, write_csv
+from tomesd.commands.common import Parser, Row, aligned, guarded, need, new_file, positive, timed, write_csv
 from tomesd.commands.pipelines import EMOJI_MODEL, load_pipeline
 
 PROGRAM = "python scripts/bench training"
@@ -113,7 +112,7 @@ def run(arguments: Sequence[str] | None) -> int:
     )
     parser.add_argument("--max-downsample", type=int, default=2, choices=(1, 2, 4, 8), help="(2)")
     parser.add_argument("--seconds", action="store_true", help="print seconds a step as well")
-    parser.add_argument("--csv", type=Path, help="write all losses there, a line for each step")
+    parser.add_argument("--csv", type=new_file, help="write all losses there, a line for each step")
     args = parser.parse_args(arguments)
     pipe = load_pipeline(str(EMOJI_MODEL), torch.device("cpu"), torch.float32)
     pipe.set_progress_bar_config(disable=True)

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from eval_vit import WAYS, merging, parse_setting
+from eval_vit import WAYS, known_setting, merging, parse_setting
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from tomesd.commands.common import Parser, guarded, positive
+from tomesd.commands.common import Parser, UserError, from_zero, guarded, positive
 
 PROGRAM = "python scripts/bench validate"
 
@@ -75,29 +75,33 @@ def run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--r",
+        type=known_setting,
         nargs="+",
         default=["0", "8"],
         help="8, 8:-1 (inflection), 8,8,4 (layers), or a file of tome.Schedule",
     )
     parser.add_argument("--ways", nargs="+", default=["ours"], choices=list(WAYS), help="as of eval-vit")
     parser.add_argument("--batch-size", type=positive, default=64, help="of each process")
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=from_zero, default=4)
     parser.add_argument("--mixed-precision", choices=["no", "fp16", "bf16"], default="no")
     args = parser.parse_args(arguments)
 
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    data = ImageFolder(args.data)  # which opens pictures as RGB
+    try:
+        data = ImageFolder(args.data)  # which opens pictures as RGB
+    except FileNotFoundError as error:
+        raise UserError(f"argument --data: {error}") from None
     model, data.transform = load(args.model, args.pretrained)
     loader = DataLoader(data, args.batch_size, num_workers=args.workers, pin_memory=torch.cuda.is_available())
     model, loader = accelerator.prepare(model.eval(), loader)
     accelerator.print(f"{args.model}: {len(data)} pictures of {len(data.classes)} classes")
     bare = accelerator.unwrap_model(model)
-    for way, setting in product(args.ways, args.r):
-        r = parse_setting(setting)
+    for way, text in product(args.ways, args.r):
+        r = parse_setting(text)
         plain = r == 0
         if plain and way != args.ways[0]:
             continue
-        name = "plain" if plain else f"{way}, r = {setting}"
+        name = "plain" if plain else f"{way}, r = {text}"
         with nullcontext() if plain else merging(bare, way, r):
             (top1, top5), speed = validate(model, loader, name, accelerator)
         accelerator.print(

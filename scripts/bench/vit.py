@@ -34,17 +34,22 @@ from tqdm import tqdm
 
 import tomesd.vit as tome
 from tomesd.commands.common import (
+    DTYPES,
     Parser,
     Row,
     UserError,
     environment,
     figures_table,
     guarded,
-    smooth,
+    new_file,
+    positive,
+    threads,
     view,
     write_csv,
 )
+from tomesd.commands.models import smooth
 from tomesd.commands.pipelines import pick_device
+from tomesd.commands.plot import new_picture
 from tomesd.commands.runs import Run, measure, report
 
 PROGRAM = "python scripts/bench vit"
@@ -202,17 +207,19 @@ def run(arguments: Sequence[str] | None) -> int:
     parser.add_argument(
         "--models", type=known_model, nargs="+", default=MODELS, help="names of timm, or name@size"
     )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 384], help="for models without @size")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--sizes", type=positive, nargs="+", default=[224, 384], help="for models without @size"
+    )
+    parser.add_argument("--batches", type=positive, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--rs", nargs="+", default=["auto"], help="auto, r or r,inflection")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:2])
     parser.add_argument("--compiled", action="store_true", help="through torch.compile as well")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--rounds", type=positive, default=10)
+    parser.add_argument("--threads", type=threads, help="CPU threads of torch")
     parser.add_argument("--device", default="auto", help="(the best there is)")
-    parser.add_argument("--csv", type=Path, help="write all figures there")
-    parser.add_argument("--plot", type=Path, help="draw the speedups there")
+    parser.add_argument("--csv", type=new_file, help="write all figures there")
+    parser.add_argument("--plot", type=new_picture, help="draw the speedups there")
     parser.add_argument("--plot-only", type=Path, nargs="+", metavar="CSV", help="only draw these")
     parser.add_argument("--quick", action="store_true", help="ViT-S at 224, batch 8, float32, 5 rounds")
     args = parser.parse_args(arguments)

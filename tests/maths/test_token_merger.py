@@ -128,7 +128,7 @@ def test_compiles_to_one_graph():
         (dict(r=1.0), TypeError, "r must be an integer, got 1.0"),
         (dict(adm=torch.ones(2, 7, 9)), ValueError, r"adm must be \[2, 8, N\] as keys, got \[2, 7, 9\]"),
         (dict(adm=torch.ones(2, 8, 9)), ValueError, "exactly one non-zero entry in each column"),
-        (dict(adm=TokenMap.identity(9)), ValueError, r"adm leaves \[1, 9\] tokens, keys have \[2, 8\]"),
+        (dict(adm=TokenMap.identity(9)), ValueError, r"keys must be of the \[1, 9\] tokens that are left"),
         (dict(adm="a"), TypeError, "a tensor or a TokenMap, got str"),
         (dict(sequence_ids=torch.ones(2, 7).long()), ValueError, r"sequence_ids must be \[2, 8\] as keys"),
         (dict(sequence_ids=[0] * 8), TypeError, "sequence_ids must be a tensor, got list"),

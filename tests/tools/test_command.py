@@ -5,6 +5,7 @@ import io
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,31 @@ def test_a_list_is_no_pipeline(tmp_path):
     (tmp_path / "model_index.json").write_text("[]")
     with pytest.raises(common.UserError, match="it names no parts of a pipeline"):
         pipelines.check_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "traceback"),
+    [
+        (["-m", "tomesd", "explain"], False),
+        (["bin/tomesd", "explain"], False),
+        ([str(ROOT / "scripts" / "bench")], False),
+        (["-c", "import tomesd", "tomesd"], True),  # somebody else's program
+    ],
+    ids=str,
+)
+def test_ctrl_c_while_torch_is_imported_ends_commands_without_a_traceback(words, traceback, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "tomesd").write_text("from tomesd.__main__ import main")
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
+    run = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == -signal.SIGINT  # 130 in a shell
+    assert run.stderr.strip().endswith("KeyboardInterrupt") if traceback else run.stderr == ""
 
 
 def test_users_without_a_home_have_a_cache(monkeypatch):
@@ -160,11 +186,15 @@ def test_what_merged_is_drawn(tmp_path, capsys):
     assert main([*call, "--at", "1", "7"]) == 2
     assert "there are steps 0 to 2, not 1, 7" in capsys.readouterr().err
     assert main([*call, "--at", "-1"]) == 2
-    assert "argument --at: '-1' is not the number of a step" in capsys.readouterr().err
+    assert "argument --at: '-1' is not a whole number of at least 0" in capsys.readouterr().err
     assert main([*call, "--block", "unet.nowhere"]) == 2
     said = capsys.readouterr().err  # before it draws
     assert "nothing merges at unet.nowhere, only at unet.down_blocks.0" in said
     assert "trace: red apple" not in said
+    assert main([*call, "--at", "9" * 99]) == 2
+    assert "99 is above 2147483647" in capsys.readouterr().err
+    assert main(["explain", "--size", "9" * 99]) == 2
+    assert "is neither a side like 512" in capsys.readouterr().err
     assert main([*call, "--ratio", "0"]) == 2
     assert main([*call[:3], "--out", "no/where.png"]) == 2
 

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 import unet_clusters
 import vit_clusters
+import vlm
 from PIL import Image
 
 import tomesd
+from tomesd.commands.common import guarded
 from tomesd.commands.pipelines import EMOJI_MODEL
 
 
@@ -47,9 +49,32 @@ def test_clusters_are_drawn_at_the_steps_asked_for(tmp_path, capsys):
     width, height = Image.open(out).size
     assert width > 3 * 400  # the picture and both steps
     assert height > 2 * 400
-    with pytest.raises(SystemExit):
-        unet_clusters.main(["pizza", "--steps", "2", "--at", "2"])
-    assert "argument --at: there are steps 0 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("example", "call", "says"),
+    [
+        (generate, "x --ratio 2", "argument --ratio: 2 must be above 0 and below 1"),
+        (generate, "x --steps 0", "argument --steps: '0' is not a whole number of at least 1"),
+        (generate, "x --out no/where.png", "argument --out: there is no folder no"),
+        (generate, "x --steps 1 --out x.svg", "it cannot be drawn: unknown file extension: .svg"),
+        (generate, "x --model /nowhere", "there is no folder /nowhere"),
+        (generate_4k, "x --size 8 0", "argument --size: '0' is not"),
+        (unet_clusters, "--steps 2 --at 2", "argument --at: there are steps 0 to 1"),
+        (unet_clusters, "--out x.nope", "the name of x.nope has to end in one of .eps"),
+        (vit_clusters, "--layers 13", "argument --layers: invalid choice: 13"),
+        (vit_clusters, "--weights nowhere.pth", "no weights from nowhere.pth: "),
+        (vlm, "--keep nan", "argument --keep: nan must be above 0 and below 1"),
+        (vlm, "--keep 65", "there are 64 tokens of a picture, of which 65 cannot be kept"),
+        (vlm, "--image nowhere.jpg", "No such file or directory: "),
+    ],
+)
+def test_mistakes_at_an_example_are_a_line(example, call, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert guarded(example.PROGRAM, lambda: example.main(call.split())) == 2
+    assert f"{example.PROGRAM}: error: " in (line := capsys.readouterr().err.splitlines()[-1])
+    assert says in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_clusters_of_a_photo_are_drawn_with_weights_of_a_file(tmp_path, capsys):

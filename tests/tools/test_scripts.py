@@ -22,7 +22,7 @@ from PIL import Image
 
 import tomesd.vit as tome
 from tomesd.commands import memory, models
-from tomesd.commands.common import smooth
+from tomesd.commands.models import smooth
 from tomesd.maths.grid import alternate
 from tomesd.maths.matching import match_exact
 
@@ -233,3 +233,21 @@ def test_a_classifier_is_judged_on_a_folder_of_pictures(tmp_path, capsys):
     assert first.startswith(f"plain  top-1 {100 * (guesses == classes).float().mean():.2f}  top-5 100.00")
     assert lines[0].startswith(f"ours, r = 9  top-1 {100 * (merged == classes).float().mean():.2f}")
     assert lines[1].startswith("ToMe, r = 9  top-1 ")
+
+
+@pytest.mark.parametrize(
+    ("script", "call", "says"),
+    [
+        (vit, "--csv no/where.csv", "argument --csv: there is no folder no"),
+        (vit, "--plot x.odd", "argument --plot: the name of x.odd has to end in one of "),
+        (vit, "--batches 0", "argument --batches: '0' is not a whole number of at least 1"),
+        (vit, "--threads 9999999", "argument --threads: 9999999 is above 1024"),
+        (attention, "--ratios 3", "argument --ratios: 3 must be above 0 and below 1"),
+        (validate, "--data /nowhere", "argument --data: "),
+        (validate, "--data . --r 3:x", "argument --r: '3:x' is no setting; 8, "),
+    ],
+)
+def test_mistakes_at_a_script_are_a_line(script, call, says, capsys):
+    assert script.main(call.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line

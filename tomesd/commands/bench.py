@@ -29,7 +29,6 @@ import argparse
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,9 +76,9 @@ def make_parser(program: str, ways: Ways) -> argparse.ArgumentParser:
     parser.add_argument(
         "--channels-last", action="store_true", help="weights in this order, as convolutions like"
     )
-    parser.add_argument("--threads", type=positive, help="CPU threads of torch")
+    parser.add_argument("--threads", type=common.threads, help="CPU threads of torch")
     parser.add_argument("--device", default="auto", help="(the best there is)")
-    parser.add_argument("--csv", type=Path, help="write all figures there")
+    parser.add_argument("--csv", type=common.new_file, help="write all figures there")
     parser.add_argument("--quick", action="store_true", help="512 pixels, two dtypes, 3 rounds, by default")
     parser.add_argument("--list", action="store_true", help="list the ways and stop")
     return parser
@@ -94,7 +93,6 @@ def check(args: argparse.Namespace, ways: Ways) -> None:
         common.check_multiple(size, MULTIPLE, "--sizes")
     if args.rounds < 2:
         raise UserError(f"argument --rounds: {args.rounds} must be at least 2")
-    common.check_parent(args.csv, "--csv")
     possible = at(args.level, ways)
     wrong = [name for name in args.ways or [] if name not in possible]
     if wrong:

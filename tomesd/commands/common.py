@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import __version__
 from ..maths.devices import synchronize as synchronize
@@ -169,21 +169,30 @@ def need(module: str) -> Any:
 
 def size(text: str) -> tuple[int, int]:
     """Width and height of `512` or `3840x2176`."""
-    found = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())
+    found = re.fullmatch(r"(\d{1,6})(?:[xX](\d{1,6}))?", text.strip())
     if not found or 0 in (sides := (int(found[1]), int(found[2] or found[1]))):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a side like 512 nor a size like 3840x2176")
     return sides
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+    return whole_number(text, 1)
 
 
-def step(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a step, from 0 on")
+def from_zero(text: str) -> int:
+    return whole_number(text, 0)
+
+
+def threads(text: str) -> int:
+    """With millions torch would fail later, and say nothing of threads."""
+    return whole_number(text, 1, most=1024)
+
+
+def whole_number(text: str, least: int, most: int = 2**31 - 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    if int(text) > most:
+        raise argparse.ArgumentTypeError(f"{text} is above {most}")
     return int(text)
 
 
@@ -217,12 +226,14 @@ def check_multiple(size: tuple[int, int], multiple: int, option: str = "--size")
             raise UserError(f"{option} {text}: {side} is not a multiple of {multiple}; take {near}")
 
 
-def check_parent(path: Path | None, option: str) -> None:
-    """Raises a UserError for a file that cannot be written: now, and not after hours."""
-    if path and not path.parent.is_dir():
-        raise UserError(f"argument {option}: there is no folder {path.parent}")
-    if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise UserError(f"argument {option}: cannot write {path}")
+def new_file(text: str) -> Path:
+    """The path of a file to write; what cannot be written is refused now, and not after hours."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {path}")
+    return path
 
 
 def make_folder(path: Path, option: str) -> None:
@@ -333,18 +344,6 @@ def view(network: Module) -> Module:
     """A copy that shares the weights, so that each way can stay patched, for the memory of one."""
     shared = [*network.parameters(), *network.buffers()]
     return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
-
-
-def smooth(batch: int, channels: int, h: int, w: int, scale: int = 8, noise: float = 0.3) -> Tensor:
-    """Pixels that resemble their neighbours, as those of a picture do: `[batch, channels, h, w]`.
-
-    Args:
-        scale: how far likeness reaches, in pixels.
-        noise: standard deviation of what differs from pixel to pixel.
-    """
-    coarse = torch.randn(batch, channels, max(1, h // scale), max(1, w // scale))
-    fine = nn.functional.interpolate(coarse, size=(h, w), mode="bicubic")
-    return fine + noise * torch.randn_like(fine)
 
 
 def environment(device: str | torch.device, *packages: str) -> Row:

@@ -11,7 +11,7 @@ drawn at about that size, upscaled, and refined at the size asked for by img2img
 and there tomesd is at work. `--direct` draws at once at the size asked for, the deep levels of the network
 shrunk in the first steps (`tomesd.DeepShrink`).
 
-At the two finest levels with attention every token looks at one of 16 others.  TFLOPs of a step with both
+At the two finest levels with attention every token looks at a sixteenth of all.  TFLOPs of a step with both
 guidance halves, and GiB that it needs beside the weights (`python scripts/bench count --spare`):
 
                                  SD 1.5, 3840x2176     SDXL, 4096x4096

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .common import need, smooth
+from .common import need
 
 # What a network is called with, by position and by name.
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -213,6 +213,18 @@ def build(setting: Setting) -> nn.Module:
             reset: Any = module.reset_parameters
             reset()
     return network.requires_grad_(False)
+
+
+def smooth(batch: int, channels: int, h: int, w: int, scale: int = 8, noise: float = 0.3) -> Tensor:
+    """Pixels that resemble their neighbours, as those of a picture do: `[batch, channels, h, w]`.
+
+    Args:
+        scale: how far likeness reaches, in pixels.
+        noise: standard deviation of what differs from pixel to pixel.
+    """
+    coarse = torch.randn(batch, channels, max(1, h // scale), max(1, w // scale))
+    fine = nn.functional.interpolate(coarse, size=(h, w), mode="bicubic")
+    return fine + noise * torch.randn_like(fine)
 
 
 def inputs(setting: Setting) -> Inputs:

@@ -20,7 +20,7 @@ from typing import Any
 
 from . import common
 from .bench import FIGURES
-from .common import Row, UserError, check_parent, guarded, need, whole
+from .common import Row, UserError, guarded, need, new_file, whole
 from .ways import WAYS, Ways
 
 PROGRAM = "tomesd plot"
@@ -38,7 +38,7 @@ Point = dict[str, str]
 def make_parser(program: str) -> argparse.ArgumentParser:
     parser = common.Parser(program, __doc__)
     parser.add_argument("csv", type=Path, nargs="+", help="what `bench --csv` has written")
-    parser.add_argument("--out", type=Path, default=Path("bench.png"), help="the picture (bench.png)")
+    parser.add_argument("--out", type=new_picture, default="bench.png", help="the picture (bench.png)")
     parser.add_argument("--below", choices=LABELS, default="share_median", help="the second row of panels")
     return parser
 
@@ -195,18 +195,19 @@ def sheet(
         for i, (axis, picture) in enumerate(zip(axes[:, j], pictures, strict=True)):
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[], xlabel=captions[j][i] if captions else "")
-            axis.spines[:].set_visible(False)
+            axis.spines[:].set_color("0.85")  # a difference that is white would look as if it were missing
     for axis, row in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(textwrap.fill(row, 16), fontsize=font, rotation=0, ha="right", va="center")
     return figure
 
 
-def check_file(path: Path | None, option: str) -> None:
-    """Raises a UserError for a picture that `save` could not write: now, and not after hours."""
-    check_parent(path, option)
-    kinds = need("matplotlib.figure").Figure().canvas.get_supported_filetypes() if path else {}
-    if path and path.suffix[1:].lower() not in kinds:
-        raise UserError(f"argument {option}: the name of {path} has to end in one of .{', .'.join(kinds)}")
+def new_picture(text: str) -> Path:
+    """The path of a picture to write; one that `save` could not write is refused now, and not after hours."""
+    path = new_file(text)
+    kinds = need("matplotlib.figure").Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise argparse.ArgumentTypeError(f"the name of {path} has to end in one of .{', .'.join(kinds)}")
+    return path
 
 
 def save(figure: Any, path: Path, option: str) -> None:
@@ -219,7 +220,6 @@ def save(figure: Any, path: Path, option: str) -> None:
 
 
 def run(args: argparse.Namespace, ways: Ways) -> int:
-    check_file(args.out, "--out")
     save(draw(read(args.csv), args.below, ways), args.out, "--out")
     print(args.out)
     return 0

@@ -130,14 +130,18 @@ def make_parser(program: str, compared: Comparison) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive, help="timed calls of each point (5)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
     parser.add_argument("--device", default="auto", help="(the best there is)")
-    parser.add_argument("--threads", type=positive, help="CPU threads of torch")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--threads", type=common.threads, help="CPU threads of torch")
+    parser.add_argument("--csv", type=common.new_file, metavar="FILE", help="write all figures there")
     parser.add_argument("--json", action="store_true", help="print them as JSON instead of a table")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="error over time, a curve for each way")
+    parser.add_argument(
+        "--plot", type=plot.new_picture, metavar="FILE", help="error over time, a curve for each way"
+    )
     parser.add_argument(
         "--plot-metric", choices=compared.axes, default="psnr_db", help="what of it (psnr_db)"
     )
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="pictures, a column for each way")
+    parser.add_argument(
+        "--sheet", type=plot.new_picture, metavar="FILE", help="pictures, a column for each way"
+    )
     cache = common.CACHE / "quality"
     parser.add_argument("--cache", type=Path, default=cache, metavar="FOLDER", help=f"({cache})")
     parser.add_argument("--fresh", action="store_true", help="draw and measure again what is kept there")
@@ -153,7 +157,6 @@ def check(args: argparse.Namespace, compared: Comparison) -> None:
         if getattr(args, option) is None and not (option == "prompts" and args.prompts_file):
             setattr(args, option, value)
     args.ways = [*args.ways, *(file.stem for file in args.recipes)]
-    common.check_parent(args.csv, "--csv")
     common.make_folder(args.cache, "--cache")
     check_model(args.model)
     args.device = str(pick_device(args.device))
@@ -161,8 +164,6 @@ def check(args: argparse.Namespace, compared: Comparison) -> None:
     absent = [package for module, package in needs.items() if importlib.util.find_spec(module) is None]
     if absent:
         raise UserError(f"this needs {', '.join(absent)}: pip install 'tomesd[bench]'")
-    for option in ("plot", "sheet"):
-        plot.check_file(getattr(args, option), f"--{option}")
 
 
 def with_recipes(compared: Comparison, files: Sequence[Path]) -> Comparison:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomesd
 
 from . import options, plot
-from .common import Parser, UserError, guarded, need, step
+from .common import Parser, UserError, from_zero, guarded, need
 from .generate import Drawer
 from .pipelines import check_model, check_pipeline_size, find_model, load_pipeline, pick_device, pick_dtype
 
@@ -33,8 +32,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(PROGRAM, __doc__)
     parser.add_argument("model", type=find_model, help="folder or hub id; emoji is the shipped one")
     parser.add_argument("prompt", help="what to draw, in quotes")
-    parser.add_argument("--out", type=Path, required=True, metavar="PICTURE", help="where to draw it")
-    parser.add_argument("--at", type=step, nargs="+", metavar="STEP", help="from 0 (first, middle and last)")
+    parser.add_argument(
+        "--out", type=plot.new_picture, required=True, metavar="PICTURE", help="where to draw it"
+    )
+    parser.add_argument(
+        "--at", type=from_zero, nargs="+", metavar="STEP", help="from 0 (first, middle and last)"
+    )
     parser.add_argument("--block", help="as `tomesd explain` lists it (the first one of each level)")
     options.add_method(parser)
     options.add_picture(parser)
@@ -77,7 +80,6 @@ def draw(picture: Image.Image, shown: dict[str, list[tomesd.Plan]], prompt: str)
 def run(args: argparse.Namespace) -> int:
     options.check_prompts([args.prompt])
     options.check_picture(args)
-    plot.check_file(args.out, "--out")
     if options.method_asked(args, tell=True) is None:
         raise UserError("argument --ratio: with 0 nothing merges")
     check_model(args.model)

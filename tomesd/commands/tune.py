@@ -39,7 +39,7 @@ from .pipelines import (
     prompts_in,
     weights_of,
 )
-from .plot import check_file, save
+from .plot import new_picture, save
 
 PROGRAM = "tomesd tune"
 
@@ -51,16 +51,18 @@ def make_parser() -> argparse.ArgumentParser:
     wish.add_argument("--speed", type=float, help="how many times as fast as plain, with the least error (2)")
     wish.add_argument("--error", type=float, help="relative error of the network's output, in the least time")
     wish.add_argument("--psnr", type=float, help="of pictures against plain ones in dB, in the least time")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the recipe there")
+    parser.add_argument("--out", type=common.new_file, metavar="FILE", help="write the recipe there")
     parser.add_argument("--json", action="store_true", help="print the recipe as JSON, as --out writes it")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="error over speed of all best choices")
+    parser.add_argument(
+        "--plot", type=new_picture, metavar="FILE", help="error over speed of all best choices"
+    )
     parser.add_argument("--prompts", type=positive, help="how many of the model's names to draw at once (2)")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="what to draw instead, one a line")
     parser.add_argument("--size", type=common.size, help="512 or 1024x576, in pixels (the model's own)")
     parser.add_argument("--steps", type=positive, default=20, help="of the sampler (20)")
     parser.add_argument("--dtype", choices=("auto", *SHORT), default="auto", help="(fp16 on cuda, else fp32)")
     parser.add_argument("--device", default="auto", help="(the best there is)")
-    parser.add_argument("--threads", type=positive, help="CPU threads of torch")
+    parser.add_argument("--threads", type=common.threads, help="CPU threads of torch")
     cache = common.CACHE / "tune"
     parser.add_argument("--cache", type=Path, default=cache, metavar="FOLDER", help=f"({cache})")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept there")
@@ -118,8 +120,6 @@ def draw(tuning: trials.Tuning, about: dict[str, Any] | None) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
-    common.check_parent(args.out, "--out")
-    check_file(args.plot, "--plot")
     common.make_folder(args.cache, "--cache")
     wishes = {
         name: value for name in ("speed", "error", "psnr") if (value := getattr(args, name)) is not None

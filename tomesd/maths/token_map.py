@@ -49,6 +49,8 @@ class TokenMap:
     def identity(cls, n: int, device: torch.device | str | None = None) -> TokenMap:
         """The map of `n` tokens that merges nothing."""
         check_integers(n=n)
+        if n < 0:
+            raise ValueError(f"n must be at least 0, got {n}")
         index = torch.arange(n, device=device)[None]
         return cls(index, index)
 
