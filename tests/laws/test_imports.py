@@ -6,8 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "tomesd"
 ORDER = ["maths", "hosts", "methods", "patch", "tools", "vit", "commands"]
-# The functional API and the merger for models of one's own know no models; `interrupt` knows nothing.
-MATHS_ONLY = {"merge", "token_merger", "interrupt"}
+# The functional API and the merger for models of one's own know no models.
+MATHS_ONLY = {"merge", "token_merger"}
 
 
 def modules():

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
@@ -77,31 +76,6 @@ def test_a_list_is_no_pipeline(tmp_path):
     (tmp_path / "model_index.json").write_text("[]")
     with pytest.raises(common.UserError, match="it names no parts of a pipeline"):
         pipelines.check_model(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("words", "traceback"),
-    [
-        (["-m", "tomesd", "explain"], False),
-        (["bin/tomesd", "explain"], False),
-        ([str(ROOT / "scripts" / "bench")], False),
-        (["-c", "import tomesd", "tomesd"], True),  # somebody else's program
-    ],
-    ids=str,
-)
-def test_ctrl_c_while_torch_is_imported_ends_commands_without_a_traceback(words, traceback, tmp_path):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "tomesd").write_text("from tomesd.__main__ import main")
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
-    run = subprocess.run(
-        [sys.executable, *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == -signal.SIGINT  # 130 in a shell
-    assert run.stderr.strip().endswith("KeyboardInterrupt") if traceback else run.stderr == ""
 
 
 def test_users_without_a_home_have_a_cache(monkeypatch):
