@@ -76,7 +76,7 @@ class ImageFamily(Family):
 
 TEXT = "encoder_hidden_states"
 CLOCK = ("time_proj", "base_time_proj")
-FIRST = ("conv_in", "input_blocks.0.0")
+FIRST = ("conv_in", "base_conv_in", "input_blocks.0.0")
 LAST = ("conv_out", "base_conv_out", "controlnet_mid_block")
 PLAIN = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor")
 BIASED = ("XFormersAttnProcessor", "AttnProcessorNPU")
