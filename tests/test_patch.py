@@ -319,12 +319,25 @@ def test_nothing_to_merge_is_an_error():
         up_block_types=("UpBlock2D", "UpBlock2D"),
         mid_block_type=None,
     )
-    with pytest.raises(ValueError, match="nothing to merge: no transformer blocks in UNet2DConditionModel"):
+    with pytest.raises(ValueError, match=r"no transformer blocks that tomesd knows in UNet2DConditionModel$"):
         tomesd.apply_patch(bare)
     pipe = tiny.sdxl()
     with pytest.raises(ValueError, match=r"in unet with max_downsample=1: .* at downsample 2, 4"):
         tomesd.apply_patch(pipe, max_downsample=1)
     assert methods_of(tomesd.apply_patch(pipe))
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        (("SimpleCrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "SimpleCrossAttnUpBlock2D")),
+        (("KDownBlock2D", "KCrossAttnDownBlock2D"), ("KCrossAttnUpBlock2D", "KUpBlock2D")),
+    ],
+)
+def test_attention_without_transformers_is_refused_with_the_reason(down, up):
+    blocks = dict(down_block_types=down, mid_block_type=None, up_block_types=up, block_out_channels=(32, 32))
+    with pytest.raises(ValueError, match="tomesd knows in UNet2DConditionModel: attention is given an image"):
+        tomesd.apply_patch(tiny.unet(**blocks))
 
 
 def test_every_network_of_a_pipeline_must_have_something_to_merge():

@@ -14,6 +14,7 @@ from .hosts.blocks import BlockHooks
 from .hosts.family import Site, named_modules_of, refuse_shared
 from .hosts.hooks import OWNER, Patch, is_ours, patch_of, show_hooks_to_compile, take_off
 from .hosts.image import ContainerHooks, NetworkHooks, Planner
+from .hosts.refused import why_bare
 from .hosts.unets import find_networks
 from .merge import compute_merge as compute_merge  # where tomesd 0.1.3 has it
 from .methods import cost, options
@@ -96,7 +97,8 @@ def apply_patch(
     chosen = {network: choice.choose(network) for network in find_networks(model)}
     if not any(chosen.values()):
         kinds = ", ".join(type(network.module).__name__ for network in chosen)
-        raise ValueError(f"nothing to merge: no transformer blocks in {kinds}")
+        reason = why_bare(network.module for network in chosen)
+        raise ValueError(f"nothing to merge: no transformer blocks that tomesd knows in {kinds}{reason}")
     choice.check(chosen)
     _put([(network, NetworkPatch(methods, auto, shrink)) for network, methods in chosen.items()])
     return model

@@ -122,10 +122,13 @@ def test_a_forward_may_be_replaced_by_one_that_names_nothing(part, method, monke
 
 
 def test_a_network_may_be_called_by_its_forward():
+    """Also after a call that has failed half way, of another step."""
     unet, case = tiny.small_unet(), tiny.CASES["sd"]
     tomesd.apply_patch(unet, max_downsample=8)
     want = [case(unet, t=t) for t in (500, 100)]
     assert not torch.equal(*want)
+    with pytest.raises(RuntimeError):
+        unet.forward(tiny.inputs(16, 16, 2)[0], 900, torch.ones(2, 7, 1))
     for t, expected in zip((500, 100), want, strict=True):
         assert torch.equal(
             unet.forward(tiny.inputs(16, 16, 2)[0], t, tiny.inputs(16, 16, 2)[1]).sample, expected

@@ -92,6 +92,30 @@ def test_pixart():
     assert {(row.before, row.after) for row in rows} == {(96, 24)}
 
 
+@pytest.mark.skipif(not hasattr(D, "DreamLiteUNetModel"), reason="this diffusers has none")
+@pytest.mark.parametrize(
+    "method", [tomesd.Merge(), tomesd.SampleKeys(), tomesd.MergeKeys(), tomesd.MergeStage()], ids=str
+)
+def test_dreamlite(method):
+    """Several heads of queries share one of keys there, and some transformers have no self-attention."""
+    torch.manual_seed(0)
+    blocks = ("CrossAttnNoSelfAttnDown", "CrossAttnDown"), ("CrossAttnUp", "CrossAttnNoSelfAttnUp")
+    down, up = ([f"DreamLite{kind}Block2D" for kind in kinds] for kinds in blocks)
+    config = dict(block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=tiny.TEXT)
+    heads = dict(attention_head_dim=4, num_kv_heads=1, qk_norm="rms_norm", norm_num_groups=8)
+    unet = D.DreamLiteUNetModel(down_block_types=down, up_block_types=up, **config, **heads).eval()
+    call = tiny.CASES["sd"]
+    plain = call(unet)
+    with tomesd.patched(unet, type(method)(0.0), 8):
+        assert torch.equal(call(unet), plain)
+    tomesd.apply_patch(unet, method, 8)
+    rows = [row.name for row in tomesd.explain(unet).rows if row.left_alone is None]
+    assert len(rows) == (7 if method == tomesd.MergeStage() else 4)
+    assert 0 < (call(unet) - plain).norm() / plain.norm() < 0.3
+    tomesd.remove_patch(unet)
+    assert torch.equal(call(unet), plain)
+
+
 def test_temporal_blocks_are_left_alone():
     for name in ("svd", "i2vgen", "sparse_controlnet", "animatediff", "unet3d"):
         case = tiny.CASES[name]

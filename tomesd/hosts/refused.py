@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -58,6 +59,14 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("AlignVisionModel",): CONVOLVED,
 }
 
+# Blocks of UNets whose attention stands between convolutions.
+GIVEN_IMAGES = (
+    "SimpleCrossAttnDownBlock2D",
+    "SimpleCrossAttnUpBlock2D",
+    "UNetMidBlock2DSimpleCrossAttn",
+    "KAttentionBlock",
+)
+
 
 def why_refused(module: nn.Module) -> str | None:
     """What keeps the tokens of a network of a known class from merging, or None."""
@@ -75,6 +84,16 @@ def why_unfit(module: nn.Module) -> str:
         if "grid_thw" in inspect.signature(type(part).forward).parameters:  # sizes of what is packed
             return f": {JOINED}"
     return ""
+
+
+def why_bare(networks: Iterable[nn.Module]) -> str:
+    """What to say of networks that draw and have no transformer blocks, where a module in one tells why."""
+    if not any(is_named(part, GIVEN_IMAGES) for network in networks for part in network.modules()):
+        return ""
+    return (
+        ": attention is given an image between convolutions there, not the tokens of a transformer (as in "
+        "Kandinsky 2, DeepFloyd IF, unCLIP and the latent upscaler)"
+    )
 
 
 def _has_stages(module: nn.Module) -> bool:

@@ -81,9 +81,12 @@ class ImageFamily(Family):
 
 TEXT = "encoder_hidden_states"
 CLOCK = ("time_proj", "base_time_proj")
-FIRST = ("conv_in", "input_blocks.0.0")
+FIRST = ("conv_in", "base_conv_in", "input_blocks.0.0")
 LAST = ("conv_out", "base_conv_out", "controlnet_mid_block")
-PLAIN = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor")
+PLAIN = (
+    *("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor"),
+    "DreamLiteAttnProcessor2_0",
+)
 BIASED = ("XFormersAttnProcessor", "AttnProcessorNPU")
 ORDERLESS = (
     *("CustomDiffusionAttnProcessor", "CustomDiffusionAttnProcessor2_0"),
@@ -141,11 +144,11 @@ FAMILIES = (
             "I2VGenXLUNet",
             "AudioLDM2UNet2DConditionModel",
         ),
-        blocks={"BasicTransformerBlock": BASIC},
+        blocks={"BasicTransformerBlock": BASIC, "BasicTransformerBlockDreamLite": BASIC},
         clock=CLOCK,
         first=FIRST,
         last=LAST,
-        containers=("Transformer2DModel",),
+        containers=("Transformer2DModel", "DreamLiteTransformer2DModel"),
         carrier="cross_attention_kwargs",
         down=("Downsample2D",),
         up=("Upsample2D",),
