@@ -54,12 +54,6 @@ def test_clusters_are_drawn_at_the_steps_asked_for(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("example", "call", "says"),
     [
-        (generate, "x --ratio 2", "argument --ratio: 2 must be above 0 and below 1"),
-        (generate, "x --steps 0", "argument --steps: '0' is not a whole number of at least 1"),
-        (generate, "x --out no/where.png", "argument --out: there is no folder no"),
-        (generate, "x --steps 1 --out x.svg", "it cannot be drawn: unknown file extension: .svg"),
-        (generate, "x --model /nowhere", "there is no folder /nowhere"),
-        (generate_4k, "x --size 8 0", "argument --size: '0' is not"),
         (unet_clusters, "--steps 2 --at 2", "argument --at: there are steps 0 to 1"),
         (unet_clusters, "--out x.nope", "the name of x.nope has to end in one of .eps"),
         (vit_clusters, "--layers 13", "argument --layers: invalid choice: 13"),
