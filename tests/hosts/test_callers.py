@@ -121,18 +121,19 @@ def test_a_forward_may_be_replaced_by_one_that_names_nothing(part, method, monke
     assert torch.equal(call(net), plain)
 
 
-def test_a_network_may_be_called_by_its_forward():
+@pytest.mark.parametrize(
+    ("build", "more"), [(tiny.small_unet, ()), (tiny.controlnet_xs, (torch.ones(2, 3, 32, 32),))]
+)
+def test_a_network_may_be_called_by_its_forward(build, more):
     """Also after a call that has failed half way, of another step."""
-    unet, case = tiny.small_unet(), tiny.CASES["sd"]
-    tomesd.apply_patch(unet, max_downsample=8)
-    want = [case(unet, t=t) for t in (500, 100)]
+    net, (x, text) = build(), tiny.inputs(16, 16, 2)
+    tomesd.apply_patch(net, max_downsample=8)
+    want = [net(x, t, text, *more).sample for t in (500, 100)]
     assert not torch.equal(*want)
     with pytest.raises(RuntimeError):
-        unet.forward(tiny.inputs(16, 16, 2)[0], 900, torch.ones(2, 7, 1))
+        net.forward(x, 900, text[..., :1], *more)
     for t, expected in zip((500, 100), want, strict=True):
-        assert torch.equal(
-            unet.forward(tiny.inputs(16, 16, 2)[0], t, tiny.inputs(16, 16, 2)[1]).sample, expected
-        )
+        assert torch.equal(net.forward(x, t, text, *more).sample, expected)
 
 
 def test_blocks_on_tokens_of_another_kind_are_left_alone():
