@@ -71,7 +71,7 @@ def timed(call: Callable[[], Result], device: str | torch.device) -> tuple[Resul
 
 def has_bags(device: torch.device) -> bool:
     """Whether it sums bags of rows: MPS does from torch 2.10 on, what is exported to ONNX does not."""
-    return not is_traced() and not is_exported() and _can(_sum_bags, device)
+    return not is_traced() and not torch.onnx.is_in_onnx_export() and _can(_sum_bags, device)
 
 
 def has_cholesky(device: torch.device) -> bool:
