@@ -201,6 +201,7 @@ def test_files_are_written_whole_or_not_at_all_and_devices_stay(tmp_path):
             r"each of input_size \(3, 0\) must",
         ),
         (lambda: tome.utils.benchmark(LINEAR, "cpu", verbose=2), TypeError, "verbose must be a bool, got 2"),
+        (lambda: tome.utils.benchmark(LINEAR, "cpu", use_fp16=1), TypeError, "use_fp16 must be a bool"),
         (lambda: tome.keep(X.long(), 0.5), TypeError, "embeddings must be .* got torch.int64"),
         (lambda: tome.utils.benchmark(LINEAR, "cpu", 224), TypeError, "input_size must be .* got 224"),
         (lambda: tome.utils.benchmark(LINEAR, "cpu", (1,), "1"), TypeError, "batch_size must be an integer"),

@@ -55,6 +55,7 @@ def test_clusters_are_drawn_at_the_steps_asked_for(tmp_path, capsys):
     ("example", "call", "says"),
     [
         (unet_clusters, "--steps 2 --at 2", "argument --at: there are steps 0 to 1"),
+        (unet_clusters, "--out .", "argument --out: cannot write ."),
         (unet_clusters, "--out x.nope", "the name of x.nope has to end in one of .eps"),
         (vit_clusters, "--layers 13", "argument --layers: invalid choice: 13"),
         (vit_clusters, "--weights nowhere.pth", "no weights from nowhere.pth: "),
