@@ -223,6 +223,7 @@ EVA = dict(
     second=lambda b, x: _eva(b.gamma_2) * b.mlp(b.norm2(x)),
     rope=_eva_rope,
 )
+AT_ONCE = dict(BLOCK, second=lambda b, x: 0, keys=False, at_once=True)  # all in the first half
 TORCHVISION = dict(
     blocks=lambda m: list(m.encoder.layers),
     first=lambda b, x, attend: attend(b.self_attention, b.ln_1(x)),
@@ -484,14 +485,8 @@ CASES = {
     ),
     "timm parallel": Case(
         _timm(VisionTransformer, block_fn=ParallelScalingBlock, qk_norm=True),
-        blocks=lambda m: list(m.blocks),
         prefix=1,
-        first=_beside,
-        second=lambda b, x: 0,
-        qkv=_parallel_qkv,
-        project="attn_out_proj",
-        keys=False,
-        at_once=True,
+        **{**AT_ONCE, "first": _beside, "qkv": _parallel_qkv, "project": "attn_out_proj"},
     ),
     "timm SigLIP": Case(_timm(VisionTransformer, class_token=False, global_pool="map"), prefix=0, **BLOCK),
     "timm post-norm": Case(_timm(VisionTransformer, block_fn=ResPostBlock), prefix=1, **RES_POST),
@@ -672,25 +667,17 @@ ALIKE |= {
 ALIKE |= {
     "timm parallel of differences": Case(
         _timm(VisionTransformer, block_fn=_diff_block, qkv_bias=True),
-        blocks=lambda m: list(m.blocks),
         prefix=1,
-        first=_diff,
-        second=lambda b, x: 0,
-        qkv=_diff_qkv,
-        project="",
-        keys=False,
-        at_once=True,
+        **{**AT_ONCE, "first": _diff, "qkv": _diff_qkv, "project": ""},
     ),
     "timm parallel things": Case(
         _timm(VisionTransformer, block_fn=ParallelThingsBlock),
-        blocks=lambda m: list(m.blocks),
         prefix=1,
-        first=lambda b, x, attend: sum(part.ls(attend(part.attn, part.norm(x))) for part in b.attns),
-        second=lambda b, x: sum(part(x) for part in b.ffns),
-        qkv=_timm_qkv,
-        project="proj",
-        keys=False,
-        at_once=True,
+        **{
+            **AT_ONCE,
+            "first": lambda b, x, attend: sum(part.ls(attend(part.attn, part.norm(x))) for part in b.attns),
+            "second": lambda b, x: sum(part(x) for part in b.ffns),
+        },
     ),
     "timm CaiT": Case(_cait, **{**EVA, "rope": None, "qkv": _fused_qkv}, prefix=0, sizes=False, keys=False),
     "timm Qwen3": Case(

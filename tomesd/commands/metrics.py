@@ -150,7 +150,7 @@ def own_prompts(model: str) -> list[str]:
     return [names[0] for names in read_names(Path(model))]
 
 
-def check_prompts(wanted: int, prompts: list[str]) -> None:
+def check_enough(wanted: int, prompts: list[str]) -> None:
     """Raises a UserError if there are fewer prompts than `--prompts` says."""
     if wanted > len(prompts):
         raise UserError(f"argument --prompts: {wanted}, where there are {len(prompts)} to take from")

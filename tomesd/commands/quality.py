@@ -193,7 +193,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """
     names = prompts_in(args.prompts_file) if args.prompts_file else metrics.own_prompts(args.model)
     wanted = args.prompts or len(names)
-    metrics.check_prompts(wanted, names)
+    metrics.check_enough(wanted, names)
     return names[:: len(names) // wanted][:wanted]
 
 

@@ -25,7 +25,7 @@ import torch
 from ..tools import trials, tune
 from . import common
 from .common import UserError, guarded, need, positive
-from .metrics import check_prompts, own_prompts
+from .metrics import check_enough, own_prompts
 from .pipelines import (
     EMOJI,
     SHORT,
@@ -76,7 +76,7 @@ def prompts_of(args: argparse.Namespace) -> list[str] | None:
     if not args.prompts and not (Path(args.model) / "names.txt").is_file():
         return None
     names, wanted = own_prompts(args.model), args.prompts or 2
-    check_prompts(wanted, names)
+    check_enough(wanted, names)
     return [names[i * len(names) // (wanted + 1)] for i in range(1, wanted + 1)]
 
 

@@ -166,8 +166,8 @@ class NetworkHooks:
             self.set(Step.at(self.given.get(args, kwargs)))
 
     def fix(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Has torch.compile make a program for each size, where it would compute with an open one."""
-        self.own.get().begun = False  # the clock has told all; what comes may fail, and never get to the end
+        """Ends what the clock tells, and has torch.compile make a program for each size of the image."""
+        self.own.get().begun = False  # what comes may fail, and never get to the end
         for side in self.image_given.get(args, kwargs).shape[-2:]:
             constant(side)
 

@@ -71,7 +71,8 @@ def timed(call: Callable[[], Result], device: str | torch.device) -> tuple[Resul
 
 def has_bags(device: torch.device) -> bool:
     """Whether it sums bags of rows: MPS does from torch 2.10 on, what is exported to ONNX does not."""
-    return not is_traced() and not torch.onnx.is_in_onnx_export() and _can(_sum_bags, device)
+    to_onnx = is_traced() or (is_exported() and torch.onnx.is_in_onnx_export())
+    return not to_onnx and _can(_sum_bags, device)
 
 
 def has_cholesky(device: torch.device) -> bool:
